@@ -1,0 +1,71 @@
+"""Group-wise quantized weights for every Python array library.
+
+``quantize`` makes a :class:`QuantizedTensor`; ``dot(x, qw)`` finds the backend that computes it from the tensor's
+annotation. Backends are plugins: see :mod:`quantcore.hookspecs` for the contract.
+"""
+
+from quantcore.dispatch import Explanation
+from quantcore.encode import quantize, quantized_tensor
+from quantcore.errors import (
+    BackendNotFoundError,
+    BackendUnavailableError,
+    BackendWarning,
+    FormatError,
+    InexactConversionError,
+    NoBackendError,
+    PerformanceWarning,
+    PluginValidationError,
+    QuantcoreError,
+    UnsupportedError,
+)
+from quantcore.explanation import explain
+from quantcore.hookspecs import BackendInfo, Call, hookimpl
+from quantcore.namespace import array_namespace
+from quantcore.ops import dequantize, dot, gather_dot, matmul, prepack, take, tensordot
+from quantcore.registry import BackendRecord, State, backends, refresh, register, unregister, use_backend
+from quantcore.scheme import Scheme
+from quantcore.settings import use_precision
+from quantcore.tensor import QuantizedTensor, is_quantized
+from quantcore.transfer import to_library
+
+__all__ = [
+    "BackendInfo",
+    "BackendNotFoundError",
+    "BackendRecord",
+    "BackendUnavailableError",
+    "BackendWarning",
+    "Call",
+    "Explanation",
+    "FormatError",
+    "InexactConversionError",
+    "NoBackendError",
+    "PerformanceWarning",
+    "PluginValidationError",
+    "QuantcoreError",
+    "QuantizedTensor",
+    "Scheme",
+    "State",
+    "UnsupportedError",
+    "array_namespace",
+    "backends",
+    "dequantize",
+    "dot",
+    "explain",
+    "gather_dot",
+    "hookimpl",
+    "is_quantized",
+    "matmul",
+    "prepack",
+    "quantize",
+    "quantized_tensor",
+    "refresh",
+    "register",
+    "take",
+    "tensordot",
+    "to_library",
+    "unregister",
+    "use_backend",
+    "use_precision",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,107 @@
+"""What the core asks of an array, whatever library it is of: namespace, library, device, whether it is traced."""
+
+import sys
+from collections.abc import Callable
+from typing import Any, Final
+
+import array_api_compat
+import numpy as np
+
+__all__ = ["device_of", "device_probe", "is_array", "is_traced", "library_of", "nbytes_of", "plain_namespace", "probes"]
+
+
+def is_array(obj: Any) -> bool:
+    """Whether `obj` is an array of a library that follows the array API."""
+    return bool(array_api_compat.is_array_api_obj(obj))
+
+
+def plain_namespace(*arrays: Any) -> Any:
+    """The array-API namespace of dense arrays, as array-api-compat gives it.
+
+    Raises
+    ------
+    TypeError
+        If an argument is no array, or if they belong to several libraries.
+    """
+    return array_api_compat.array_namespace(*arrays)
+
+
+_LIBRARY: dict[type, str] = {np.ndarray: "numpy"}
+
+
+def library_of(array: Any) -> str:
+    """Name of the array's library: ``"numpy"``, ``"mlx"``, ``"torch"``, ``"jax"``, ..."""
+    cls = type(array)
+    name = _LIBRARY.get(cls)
+    if name is None:
+        try:
+            module = str(plain_namespace(array).__name__)
+        except (TypeError, AttributeError):
+            module = cls.__module__
+        name = module.removeprefix("array_api_compat.").partition(".")[0]
+        _LIBRARY[cls] = name
+    return name
+
+
+def _mlx_device(_array: Any) -> str:
+    # MLX arrays live in unified memory; where an op runs is decided by the default device when it is built.
+    return "cpu" if sys.modules["mlx.core"].default_device().type.name == "cpu" else "gpu"
+
+
+def _own_device(array: Any) -> str | None:
+    try:
+        return str(array_api_compat.device(array))
+    except Exception:
+        return None  # tracers and shape structs have none
+
+
+probes: Final[dict[type, Callable[[Any], str | None] | None]] = {np.ndarray: None}
+"""What :func:`device_probe` found, by array type; dispatch reads it on its hot path."""
+
+
+def device_probe(cls: type) -> Callable[[Any], str | None] | None:
+    """The function that names the device of arrays of type `cls`; None where it is always the CPU."""
+    try:
+        return probes[cls]
+    except KeyError:
+        probe: Callable[[Any], str | None] | None
+        if issubclass(cls, np.ndarray):
+            probe = None
+        elif cls.__module__.startswith("mlx."):
+            probe = _mlx_device
+        else:
+            probe = _own_device
+        return probes.setdefault(cls, probe)
+
+
+def device_of(array: Any) -> str | None:
+    """Name of the device that the array is on, or None where that is unknown (a tracer)."""
+    probe = device_probe(type(array))
+    return "cpu" if probe is None else probe(array)
+
+
+def is_traced(array: Any) -> bool:
+    """Whether the array stands for a value that isn't known yet (inside mx.compile, mx.vmap, jax.jit, ...)."""
+    library = library_of(array)
+    if library == "mlx":
+        try:
+            sys.modules["mlx.core"].eval(array)
+        except ValueError:
+            return True
+        return False
+    if library == "jax":
+        return isinstance(array, sys.modules["jax"].core.Tracer)
+    return False
+
+
+def nbytes_of(array: Any) -> int:
+    """Size of the array's elements in bytes."""
+    nbytes = getattr(array, "nbytes", None)
+    if nbytes is not None:
+        return int(nbytes)
+    itemsize = getattr(array.dtype, "itemsize", None)
+    if itemsize is None:
+        from quantcore.dtypes import dtype_name, numpy_dtype
+
+        itemsize = numpy_dtype(dtype_name(array.dtype)).itemsize
+    return int(array.size) * int(itemsize)

@@ -1,0 +1,324 @@
+"""From the annotation to the bound kernel, once per kind of call.
+
+A route is resolved the first time that a combination of array type, dtypes, device, annotation and options is seen,
+and kept in the table of the current registry snapshot. After that a call costs one look-up.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+from quantcore import arrays, registry, settings
+from quantcore.dtypes import REAL_FLOATING, dtype_name, result_dtype
+from quantcore.errors import BackendUnavailableError, NoBackendError, PerformanceWarning, UnsupportedError
+from quantcore.hookspecs import Call, Precision
+from quantcore.scheme import Scheme
+from quantcore.tensor import QuantizedTensor
+from quantcore.validation import LoadedBackend
+
+__all__ = [
+    "Explanation",
+    "Request",
+    "Route",
+    "Verdict",
+    "product_route",
+    "quantize_request",
+    "resolve",
+    "weigh",
+    "weight_request",
+]
+
+
+class Route(NamedTuple):
+    """A bound kernel with the options that the call resolved to."""
+
+    function: Callable[..., Any]
+    dtype: str
+    precision: Precision
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A call, as far as the choice of its backend goes.
+
+    Attributes
+    ----------
+    op : str
+    array : array
+        The operand whose type names the library.
+    call : Call
+        With its shapes.
+    """
+
+    op: str
+    array: Any
+    call: Call
+
+    def __str__(self) -> str:
+        call = self.call
+        shapes = f"x {call.x_shape} {call.x_dtype}, " if call.x_shape is not None else ""
+        flipped = ", transposed" if call.transposed else ""
+        layout = "" if call.layout == "row" else f", layout {call.layout}"
+        return (
+            f"{self.op} of {shapes}weight {call.w_shape} {call.scheme} {call.dtype}{flipped}{layout} "
+            f"in {arrays.library_of(self.array)}, precision {call.precision!r}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one backend says to a request: `reason` is empty where it is the chosen one."""
+
+    backend: str
+    chosen: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why a call goes where it goes; ``str()`` of it is for people.
+
+    Attributes
+    ----------
+    request : str
+        The call.
+    backend : str or None
+        The chosen backend, or None where the call raises.
+    verdicts : tuple of Verdict
+        What each backend of the library says, in the order in which they are asked.
+    note : str
+        Why no backend was asked, or how the choice was made.
+    """
+
+    request: str
+    backend: str | None
+    verdicts: tuple[Verdict, ...]
+    note: str = ""
+
+    def __str__(self) -> str:
+        lines = [self.request]
+        for verdict in self.verdicts:
+            mark = "→" if verdict.chosen else " "
+            lines.append(f" {mark} {verdict.backend}: {verdict.reason or 'computes it'}")
+        if self.note:
+            lines.append(f"   {self.note}")
+        return "\n".join(lines)
+
+
+# --- the hot path ---------------------------------------------------------------------------------------------
+
+_MAX_SHAPES: Final = 4096
+_probes = arrays.probes
+_settings = settings.current.get
+
+
+def product_route(op: str, x: Any, w: QuantizedTensor, out_dtype: Any, precision: Any, backend: Any) -> Route:
+    """The kernel for a product of x with w; shapes are checked by the caller.
+
+    Raises
+    ------
+    TypeError
+        If x is no real floating array, or of another library or device than w.
+    ValueError
+        If the precision isn't one.
+    NoBackendError, UnsupportedError, BackendNotFoundError, BackendUnavailableError
+    """
+    cls = type(x)
+    probe = _probes[cls] if cls in _probes else arrays.device_probe(cls)
+    device = None if probe is None else (probe(x), probe(w.packed))
+    key = (op, cls, x.dtype, device, w.annotation, out_dtype, precision, backend, _settings())
+    try:
+        found = registry.current.routes.get(key)
+    except TypeError:
+        raise TypeError(f"{op}: out_dtype must be a dtype, precision and backend strings") from None
+    if type(found) is Route:
+        return found
+    if found is not None:
+        by_shape: Route | None = found.get((x.shape, w.packed.shape))
+        if by_shape is not None:
+            return by_shape
+    return _resolve_product(key, op, x, w, out_dtype, precision, backend)
+
+
+def _resolve_product(
+    key: Any, op: str, x: Any, w: QuantizedTensor, out_dtype: Any, precision: Any, backend: Any
+) -> Route:
+    now = registry.snapshot()
+    request = product_request(op, x, w, precision)
+    dtype = product_dtype(op, request, out_dtype)
+    chosen, by_shape = choose(request, backend, now)
+    route = Route(chosen.hook(op), dtype, request.call.precision)
+    if not by_shape:
+        now.routes[key] = route
+    else:
+        table = now.routes.setdefault(key, {})
+        if len(table) >= _MAX_SHAPES:
+            table.clear()
+        table[x.shape, w.packed.shape] = route
+    return route
+
+
+# --- requests -------------------------------------------------------------------------------------------------
+
+
+def product_request(op: str, x: Any, w: QuantizedTensor, precision: Any) -> Request:
+    """The request of a product, with its operands checked for kind, library and device."""
+    if not arrays.is_array(x):
+        raise TypeError(f"{op}: x must be an array of {w.library}, not {type(x).__name__}; convert it first")
+    x_library, w_library = arrays.library_of(x), w.library
+    if x_library != w_library:
+        raise TypeError(
+            f"{op}: x is a {x_library} array and the weight ({w.scheme}, shape {w.shape}) is in {w_library}; nothing "
+            f"moves between libraries by itself: write qw.to({x_library!r}), once, or convert x"
+        )
+    x_device, w_device = arrays.device_of(x), arrays.device_of(w.packed)
+    if x_device != w_device and None not in (x_device, w_device):
+        raise TypeError(
+            f"{op}: x is on {x_device} and the weight ({w.scheme}, shape {w.shape}) on {w_device}; nothing moves "
+            f"between devices by itself: write qw.to({w_library!r}, x.device), once, or move x"
+        )
+    x_dtype = dtype_name(x.dtype)
+    if x_dtype not in REAL_FLOATING:
+        raise TypeError(f"{op}: x must be real floating, not {x_dtype}; cast it, e.g. to {w.dtype_name}")
+    return Request(op, x, _call(w, x_dtype, x_device, precision_in_force(precision), tuple(x.shape)))
+
+
+def weight_request(op: str, w: QuantizedTensor, precision: Any = None) -> Request:
+    """The request of an operation on a quantized weight alone."""
+    device = arrays.device_of(w.packed)
+    return Request(op, w.packed, _call(w, None, device, precision_in_force(precision), None))
+
+
+def quantize_request(w: Any, scheme: Scheme) -> Request:
+    """The request of quantizing a dense weight."""
+    call = Call(
+        scheme=scheme,
+        layout="row",
+        transposed=False,
+        dtype=dtype_name(w.dtype),
+        x_dtype=None,
+        device=arrays.device_of(w),
+        precision="default",
+        w_shape=tuple(w.shape),
+    )
+    return Request("quantize", w, call)
+
+
+def _call(
+    w: QuantizedTensor, x_dtype: str | None, device: str | None, precision: Precision, x_shape: tuple[int, ...] | None
+) -> Call:
+    return Call(
+        scheme=w.scheme,
+        layout=w.layout,
+        transposed=w.transposed,
+        dtype=w.dtype_name,
+        x_dtype=x_dtype,
+        device=device,
+        precision=precision,
+        x_shape=x_shape,
+        w_shape=w.shape,
+    )
+
+
+def precision_in_force(precision: Any) -> Precision:
+    """The precision of a call: its own, else that of ``use_precision``, else the default."""
+    if precision is None:
+        return _settings().precision or "default"
+    settings.check_precision(precision)
+    return precision  # type: ignore[no-any-return]
+
+
+def product_dtype(op: str, request: Request, out_dtype: Any) -> str:
+    """Name of a product's result dtype."""
+    if out_dtype is None:
+        return result_dtype(str(request.call.x_dtype), request.call.dtype)
+    name = dtype_name(out_dtype)
+    if name not in REAL_FLOATING:
+        raise TypeError(f"{op}: out_dtype must be real floating ({', '.join(REAL_FLOATING)}), not {out_dtype!r}")
+    return name
+
+
+# --- the choice -----------------------------------------------------------------------------------------------
+
+
+def resolve(request: Request, backend: str | None) -> Callable[..., Any]:
+    """The kernel for a request that isn't worth a place in the table."""
+    chosen, _ = choose(request, backend, registry.snapshot())
+    return chosen.hook(request.op)
+
+
+def choose(request: Request, backend: str | None, now: registry.Snapshot) -> tuple[LoadedBackend, bool]:
+    """The backend that computes a request, and whether the choice rests on the shapes."""
+    asked = candidates(request, backend, now)
+    verdicts: list[Verdict] = []
+    by_shape = False
+    for candidate in asked:
+        by_shape |= candidate.info.shape_dependent
+        reason = weigh(candidate, request)
+        if not reason:
+            _warn_of_fallback(request, candidate, verdicts)
+            return candidate, by_shape
+        verdicts.append(Verdict(candidate.name, False, reason))
+    reasons = "; ".join(f"{v.backend}: {v.reason}" for v in verdicts)
+    raise UnsupportedError(f"no backend computes this {request}. {reasons}")
+
+
+def candidates(request: Request, backend: str | None, now: registry.Snapshot) -> tuple[LoadedBackend, ...]:
+    """The backends to ask, in order."""
+    name = backend if backend is not None else _settings().backend
+    takers = now.for_array(request.array)
+    if name is not None:
+        named = registry.find(name)
+        if named not in takers:
+            raise NoBackendError(
+                f"{request.op}: backend {name!r} takes arrays of {named.info.library}, not of "
+                f"{arrays.library_of(request.array)}; move the operands with .to({named.info.library!r}), or leave "
+                "the choice to the arrays"
+            )
+        return (named,)
+    if not takers:
+        raise NoBackendError(
+            f"no backend takes arrays of type {type(request.array).__module__}.{type(request.array).__qualname__} "
+            f"({request.op}); {_listing()}"
+        )
+    return takers
+
+
+def weigh(backend: LoadedBackend, request: Request) -> str:
+    """Why a backend doesn't compute a request; empty where it does."""
+    if not backend.has(request.op):
+        return f"has no {request.op}"
+    try:
+        registry.activate(backend)
+        answer = backend.hook("supports")(request.op, request.call)
+    except BackendUnavailableError as error:
+        return str(error)
+    except Exception as error:
+        return f"its supports() raised {type(error).__name__}: {error}"
+    if answer is True:
+        return ""
+    return answer if isinstance(answer, str) and answer else "refuses, giving no reason"
+
+
+_warned: Final[set[tuple[Any, ...]]] = set()
+
+
+def _warn_of_fallback(request: Request, chosen: LoadedBackend, refused: list[Verdict]) -> None:
+    if chosen.info.library != "*" or not refused:
+        return
+    key = (request.op, request.call.scheme, request.call.transposed, chosen.name, tuple(refused))
+    if key not in _warned:
+        _warned.add(key)
+        reasons = "; ".join(f"{v.backend}: {v.reason}" for v in refused)
+        warnings.warn(
+            f"{request} is computed by the slower backend {chosen.name!r}. {reasons}", PerformanceWarning, stacklevel=6
+        )
+
+
+def _listing() -> str:
+    lines = []
+    for record in registry.backends():
+        detail = f"{record.state}: {record.reason} {record.install_hint}".strip() if record.reason else record.state
+        lines.append(f"{record.name} ({record.library or '?'}, {detail})")
+    return "backends: " + ", ".join(lines) if lines else "no backend is installed"

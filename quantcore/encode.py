@@ -1,0 +1,258 @@
+"""Making quantized tensors: from dense weights, and from arrays that exist already."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Final, Literal, NoReturn
+
+import numpy as np
+
+from quantcore import arrays, dispatch
+from quantcore.dtypes import LOGICAL_DTYPES, REAL_FLOATING, dtype_name, native_dtype
+from quantcore.scheme import Scheme
+from quantcore.tensor import QuantizedTensor
+
+__all__ = ["quantize", "quantized_tensor"]
+
+_NONFINITE: Final = ("raise", "clip")
+
+
+def quantize(
+    w: Any,
+    /,
+    scheme: Scheme | str | None = None,
+    *,
+    bits: int | None = None,
+    group_size: int | Literal["row"] | None = None,
+    mode: str | None = None,
+    axis: int = -1,
+    pad: bool = False,
+    nonfinite: Literal["raise", "clip"] = "raise",
+    backend: str | None = None,
+) -> QuantizedTensor:
+    """Quantize a dense weight group-wise.
+
+    Parameters
+    ----------
+    w : array, shape (..., N, K), real floating
+        float64 is encoded from its float32 value, and the result's dtype is float32.
+    scheme : Scheme or str, optional
+        ``"affine-int4-g64"``, say. Give either this or `bits`, `group_size` and `mode`.
+    bits : {1, 2, 3, 4, 5, 6, 8}, optional
+        Default 4.
+    group_size : {16, 32, 64, 128, 256, "row"}, optional
+        Default 64; ``"row"`` is one group per row.
+    mode : {"affine"}, optional
+    axis : {-1, -2}
+        The axis along which groups lie. For −2 the result is the `.mT` of a tensor packed along its last axis.
+    pad : bool
+        Whether an axis that isn't whole groups may end in a short one, encoded as if its last element were repeated.
+    nonfinite : {"raise", "clip"}
+        What to do with NaN and infinities: an error that names the position, or NaN → 0 and ±inf → the largest
+        finite magnitude of the group.
+    backend : str, optional
+        The backend to use; by default the one of w's library.
+
+    Returns
+    -------
+    QuantizedTensor, shape (..., N, K)
+
+    Raises
+    ------
+    TypeError, ValueError
+        If w or an option is unfit, or if w, or a scale or bias once rounded to w's dtype, isn't finite.
+
+    Notes
+    -----
+    The affine encoder is the one of MLX's CPU kernel: per group, the edge of larger magnitude is represented
+    exactly up to rounding, zero is a code where it can be, and everything is computed in float32. Inside a trace
+    (mx.compile, jax.jit) values can't be looked at: non-finite ones then aren't reported.
+    """
+    chosen = _scheme(scheme, bits, group_size, mode)
+    flip = _check_weight(w, axis)
+    if nonfinite not in _NONFINITE:
+        raise ValueError(f"quantize: nonfinite must be 'raise' or 'clip', not {nonfinite!r}")
+    xp = arrays.plain_namespace(w)
+    dense = xp.matrix_transpose(w) if flip else w
+    in_features = int(dense.shape[-1])
+    _check_groups(chosen, tuple(w.shape), in_features, pad)
+    if dtype_name(dense.dtype) == "float64":
+        with np.errstate(over="ignore"):
+            dense = xp.astype(dense, native_dtype("float32", dense))
+    traced = arrays.is_traced(dense)
+    if nonfinite == "clip":
+        dense = _clipped(dense, chosen, xp)
+    elif not traced:
+        _check_finite(dense, "the weight", chosen, xp, flip)
+    hook = dispatch.resolve(dispatch.quantize_request(dense, chosen), backend)
+    packed, scales, biases = hook(dense, chosen)
+    if not traced:
+        _check_finite(scales, "the scale", chosen, xp, flip)
+        _check_finite(biases, "the bias", chosen, xp, flip)
+    return QuantizedTensor(packed, scales, biases, chosen, in_features, dtype=dtype_name(dense.dtype), transposed=flip)
+
+
+def quantized_tensor(
+    packed: Any,
+    scales: Any,
+    biases: Any,
+    shape: Sequence[int],
+    scheme: Scheme | str,
+    *,
+    dtype: Any = None,
+) -> QuantizedTensor:
+    """Annotate arrays that are quantized already, from a checkpoint, say; without a copy.
+
+    Parameters
+    ----------
+    packed : array, shape scheme.packed_shape(shape), uint32
+        Codes, each row one little-endian bitstream.
+    scales, biases : array, shape scheme.scales_shape(shape), real floating
+    shape : sequence of int
+        Logical shape (..., N, K) of the weight.
+    scheme : Scheme or str
+    dtype : dtype or str, optional
+        The float dtype that it dequantizes to; by default the promotion of scales' and biases'.
+
+    Returns
+    -------
+    QuantizedTensor
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the array whose library, device, dtype or shape doesn't fit.
+    """
+    chosen = Scheme.parse(scheme)
+    shape = tuple(int(length) for length in shape)
+    if len(shape) < 2 or min(shape) < 0 or shape[-1] < 1:
+        raise ValueError(f"quantized_tensor: shape must be (..., N, K) with K ≥ 1, not {shape}")
+    if biases is None:
+        raise TypeError(f"quantized_tensor: {chosen} needs biases, not None")
+    parts = {"packed": packed, "scales": scales, "biases": biases}
+    for name, part in parts.items():
+        if not arrays.is_array(part):
+            raise TypeError(f"quantized_tensor: {name} must be an array, not {type(part).__name__}")
+    _check_together(parts)
+    wanted = {"packed": chosen.packed_shape(shape), "scales": chosen.scales_shape(shape)}
+    wanted["biases"] = wanted["scales"]
+    for name, part in parts.items():
+        if tuple(part.shape) != wanted[name]:
+            raise ValueError(
+                f"quantized_tensor: {name} has shape {tuple(part.shape)}; a weight of shape {shape} as {chosen} has "
+                f"{name} of shape {wanted[name]}"
+            )
+    if dtype_name(packed.dtype) != "uint32":
+        raise TypeError(f"quantized_tensor: packed must be uint32, not {dtype_name(packed.dtype)}")
+    for name in ("scales", "biases"):
+        if dtype_name(parts[name].dtype) not in REAL_FLOATING:
+            raise TypeError(f"quantized_tensor: {name} must be real floating, not {dtype_name(parts[name].dtype)}")
+    if dtype is not None and dtype_name(dtype) not in LOGICAL_DTYPES:
+        raise TypeError(f"quantized_tensor: dtype must be one of {', '.join(LOGICAL_DTYPES)}, not {dtype!r}")
+    return QuantizedTensor(packed, scales, biases, chosen, shape[-1], dtype=dtype)
+
+
+# --- checks ---------------------------------------------------------------------------------------------------
+
+
+def _scheme(scheme: Any, bits: Any, group_size: Any, mode: Any) -> Scheme:
+    if scheme is not None:
+        if (bits, group_size, mode) != (None, None, None):
+            raise TypeError("quantize: give either scheme, or bits, group_size and mode, not both")
+        return Scheme.parse(scheme)
+    if isinstance(group_size, str) and group_size != "row":
+        raise ValueError(f"quantize: group_size must be an integer or 'row', not {group_size!r}")
+    return Scheme(
+        "affine" if mode is None else mode,
+        4 if bits is None else bits,
+        64 if group_size is None else None if group_size == "row" else group_size,
+    )
+
+
+def _check_weight(w: Any, axis: Any) -> bool:
+    """Check w and the axis; whether the groups lie along axis −2."""
+    if isinstance(w, QuantizedTensor):
+        raise TypeError(f"quantize: the weight is quantized already ({w.scheme}); call .dequantize() first")
+    if not arrays.is_array(w):
+        raise TypeError(f"quantize: the weight must be an array, not {type(w).__name__}")
+    name = dtype_name(w.dtype)
+    if name not in REAL_FLOATING:
+        raise TypeError(f"quantize: the weight must be real floating, not {name}; cast it, e.g. to float32")
+    if len(w.shape) < 2:
+        raise ValueError(f"quantize: the weight needs at least 2 axes, not {len(w.shape)} (shape {tuple(w.shape)})")
+    if isinstance(axis, bool) or not isinstance(axis, int):
+        raise TypeError(f"quantize: axis must be -1 or -2, not {axis!r}")
+    if axis not in (-1, -2):
+        raise ValueError(f"quantize: axis must be -1 or -2, not {axis} (shape {tuple(w.shape)})")
+    return axis == -2
+
+
+def _check_groups(scheme: Scheme, shape: tuple[int, ...], in_features: int, pad: bool) -> None:
+    if in_features < 1:
+        raise ValueError(f"quantize: the grouped axis of a weight of shape {shape} is empty; it needs an element")
+    if not pad and not scheme.divides(in_features):
+        raise ValueError(
+            f"quantize: {in_features} elements along the grouped axis (shape {shape}) aren't whole groups of "
+            f"{scheme.group_size} ({scheme}); pass pad=True to end in a short group, or another group_size"
+        )
+
+
+def _check_together(parts: dict[str, Any]) -> None:
+    first = parts["packed"]
+    library, device = arrays.library_of(first), arrays.device_of(first)
+    for name, part in parts.items():
+        if arrays.library_of(part) != library:
+            raise TypeError(
+                f"quantized_tensor: packed is a {library} array and {name} of {arrays.library_of(part)}; all three "
+                "must be of one library (quantcore.to_library moves an array)"
+            )
+        if arrays.device_of(part) != device:
+            raise TypeError(
+                f"quantized_tensor: packed is on {device} and {name} on {arrays.device_of(part)}; all three must be "
+                "on one device"
+            )
+
+
+# --- non-finite values ----------------------------------------------------------------------------------------
+
+
+def _check_finite(values: Any, what: str, scheme: Scheme, xp: Any, flip: bool) -> None:
+    if math.prod(values.shape) == 0:
+        return
+    finite = xp.isfinite(values)
+    if bool(xp.all(finite)):
+        return
+    first = int(xp.argmin(xp.astype(xp.reshape(finite, (-1,)), native_dtype("uint8", values))))
+    position = [int(i) for i in np.unravel_index(first, tuple(values.shape))]
+    value = float(values[tuple(position)])
+    if what == "the weight":
+        _raise_weight(position[:-2] + position[:-3:-1] if flip else position, value, scheme)
+    raise ValueError(
+        f"quantize: {what} of row {tuple(position[:-1])}, group {position[-1]} is {value} in "
+        f"{dtype_name(values.dtype)} ({scheme}): the group spans more than that dtype can hold; cast the weight to "
+        "float32 or scale it down"
+    )
+
+
+def _raise_weight(position: list[int], value: float, scheme: Scheme) -> NoReturn:
+    raise ValueError(
+        f"quantize: the weight is {value} at {tuple(position)} ({scheme}); pass nonfinite='clip' to replace NaN by 0 "
+        "and ±inf by the group's largest finite magnitude"
+    )
+
+
+def _clipped(w: Any, scheme: Scheme, xp: Any) -> Any:
+    """W with NaN → 0 and ±inf → the group's largest finite magnitude."""
+    *leading, in_features = w.shape
+    group = scheme.group_size or in_features
+    missing = -in_features % group
+    zero = xp.zeros_like(w)
+    magnitude = xp.where(xp.isfinite(w), xp.abs(w), zero)
+    if missing:
+        magnitude = xp.concat(
+            [magnitude, xp.zeros_like(magnitude[..., :1]) * xp.ones((missing,), dtype=w.dtype)], axis=-1
+        )
+    largest = xp.max(xp.reshape(magnitude, (*leading, scheme.groups(in_features), group)), axis=-1, keepdims=True)
+    spread = xp.broadcast_to(largest, (*leading, scheme.groups(in_features), group))
+    spread = xp.reshape(spread, (*leading, in_features + missing))[..., :in_features]
+    infinite = xp.where(w > 0, spread, -spread)
+    return xp.where(xp.isfinite(w), w, xp.where(xp.isnan(w), zero, infinite))

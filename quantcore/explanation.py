@@ -1,0 +1,84 @@
+"""Why a call goes to the backend that it goes to."""
+
+from typing import Any
+
+from quantcore import arrays, dispatch, registry
+from quantcore.dispatch import Explanation, Request, Verdict
+from quantcore.errors import QuantcoreError
+from quantcore.scheme import Scheme
+from quantcore.tensor import QuantizedTensor
+
+__all__ = ["explain"]
+
+_PRODUCTS = ("dot", "matmul", "gather_dot")
+_ALONE = ("dequantize", "take", "prepack")
+
+
+def explain(
+    op: str, /, *args: Any, scheme: Scheme | str | None = None, precision: Any = None, backend: str | None = None
+) -> Explanation:
+    """Say which backend computes a call, and why, without computing it.
+
+    Parameters
+    ----------
+    op : {"dot", "matmul", "gather_dot", "quantize", "dequantize", "take", "prepack"}
+    *args : array or QuantizedTensor
+        The call's operands: ``explain("dot", x, qw)``, ``explain("quantize", w)``, ``explain("take", qw)``.
+    scheme : Scheme or str, optional
+        For ``"quantize"``.
+    precision, backend : str, optional
+        As the call would have them.
+
+    Returns
+    -------
+    Explanation
+        Print it, or read `backend` and `verdicts`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If `op` is unknown, or if the operands don't fit it.
+    """
+    request = _request(op, args, scheme, precision)
+    try:
+        asked = dispatch.candidates(request, backend, registry.snapshot())
+    except QuantcoreError as error:
+        return Explanation(str(request), None, (), str(error))
+    verdicts = []
+    chosen: str | None = None
+    for candidate in asked:
+        reason = dispatch.weigh(candidate, request)
+        takes_it = not reason and chosen is None
+        if takes_it:
+            chosen = candidate.name
+        verdicts.append(Verdict(candidate.name, takes_it, reason or ("" if takes_it else "would compute it as well")))
+    return Explanation(str(request), chosen, tuple(verdicts))
+
+
+def _request(op: str, args: tuple[Any, ...], scheme: Scheme | str | None, precision: Any) -> Request:
+    if op == "quantize":
+        (w,) = _exactly(op, args, 1)
+        if not arrays.is_array(w):
+            raise TypeError(f"explain: quantize takes a dense array, not {type(w).__name__}")
+        return dispatch.quantize_request(w, Scheme() if scheme is None else Scheme.parse(scheme))
+    if op in _PRODUCTS:
+        x, w = _exactly(op, args, 2)
+        if isinstance(x, QuantizedTensor) and not isinstance(w, QuantizedTensor):
+            x, w = w, x
+        if not isinstance(w, QuantizedTensor) or isinstance(x, QuantizedTensor):
+            raise TypeError(f"explain: {op} is dispatched where exactly one operand is quantized")
+        if op == "matmul":
+            op, w = "dot", w.mT
+        return dispatch.product_request(op, x, w, precision)
+    if op in _ALONE:
+        (w,) = _exactly(op, args[:1], 1)
+        if not isinstance(w, QuantizedTensor):
+            raise TypeError(f"explain: {op} takes a QuantizedTensor, not {type(w).__name__}")
+        return dispatch.weight_request(op, w, precision)
+    raise ValueError(f"explain: unknown op {op!r}; ops: quantize, {', '.join(_PRODUCTS + _ALONE)}")
+
+
+def _exactly(op: str, args: tuple[Any, ...], count: int) -> tuple[Any, ...]:
+    if len(args) != count:
+        raise TypeError(f"explain: {op} takes {count} operand{'s' * (count > 1)}, got {len(args)}")
+    return args
