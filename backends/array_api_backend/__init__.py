@@ -1,0 +1,64 @@
+"""Any array-API namespace: the universal fallback, in array-API code alone."""
+
+import math
+from typing import Any
+
+from quantcore_backends.array_api_backend import affine, indexing, products
+
+from quantcore import BackendInfo, Call, QuantizedTensor, Scheme, hookimpl
+
+__all__ = ["ArrayAPIBackend", "backend"]
+
+Array = Any
+
+
+class ArrayAPIBackend:
+    """A backend for arrays of whatever library: lowest priority, dense in bounded tiles only."""
+
+    @hookimpl
+    def backend_info(self) -> BackendInfo:
+        """Describe the backend."""
+        return BackendInfo(name="array_api", library="*", priority=-1000)
+
+    @hookimpl
+    def supports(self, op: str, call: Call) -> bool | str:
+        """Everything in the canonical layout."""
+        return True if call.layout == "row" else f"knows the layout 'row' only, not {call.layout!r}"
+
+    @hookimpl
+    def quantize(self, w: Array, scheme: Scheme) -> tuple[Array, Array, Array]:
+        """Encode along the last axis."""
+        return affine.encode(w, scheme)
+
+    @hookimpl
+    def dequantize(self, qw: QuantizedTensor, dtype: str) -> Array:
+        """Decode the whole weight."""
+        return affine.decode(qw.packed, qw.scales, qw.biases, qw.scheme, qw.in_features, dtype)
+
+    @hookimpl
+    def dot(self, x: Array, qw: QuantizedTensor, dtype: str, precision: str) -> Array:
+        """Product, a tile of the weight at a time."""
+        return products.dot(x, qw, dtype)
+
+    @hookimpl
+    def take(self, qw: QuantizedTensor, indices: Array, axis: int, dtype: str) -> Array:
+        """Gather packed slices, then decode those."""
+        places, inside = indexing.normalized(indices, qw.shape[axis])
+        packed, scales, biases = (indexing.take(leaf, places, axis) for leaf in (qw.packed, qw.scales, qw.biases))
+        rows = affine.decode(packed, scales, biases, qw.scheme, qw.in_features, dtype)
+        return indexing.nan_outside(rows, inside, axis)
+
+    @hookimpl
+    def gather_dot(
+        self, x: Array, qw: QuantizedTensor, lhs_indices: Array, rhs_indices: Array, dtype: str, precision: str
+    ) -> Array:
+        """Products of gathered packed weights."""
+        rhs, right_inside = indexing.normalized(rhs_indices, math.prod(qw.shape[:-2]))
+        lhs, left_inside = indexing.normalized(lhs_indices, math.prod(x.shape[:-2]))
+        leaves, rebuild = qw.flatten()
+        chosen = rebuild([indexing.take(indexing.flat_stack(leaf), rhs, 0) for leaf in leaves])
+        product = products.dot(indexing.take(indexing.flat_stack(x), lhs, 0), chosen, dtype)
+        return indexing.nan_outside(indexing.nan_outside(product, right_inside, 0), left_inside, 0)
+
+
+backend = ArrayAPIBackend()

@@ -1,0 +1,140 @@
+"""Products with packed weights in NumPy: the weight is dense one tile at a time, and BLAS does the rest.
+
+Peak memory beyond the result and one float copy of x stays under 64 MiB whatever the weight's size.
+"""
+
+import math
+from typing import Any, TypeAlias
+
+import numpy as np
+from quantcore_backends.cpu_kernels.affine import column_step, decode_block, row_tiles
+
+from quantcore import QuantizedTensor, Scheme
+
+__all__ = ["dot", "gather_dot"]
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+_ROWS_OF_X = 4096
+
+
+def dot(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any]) -> Array:
+    """``matmul(x, matrix_transpose(qw))``, accumulated in float32, or float64 for a float64 x.
+
+    Parameters
+    ----------
+    x : array, shape (..., M, K), or (K,) where `qw` has two axes
+    qw : QuantizedTensor, shape (..., N, K)
+    dtype : numpy.dtype
+        Of the result.
+
+    Returns
+    -------
+    array, shape (..., M, N), or (N,)
+    """
+    work = np.dtype(np.float64) if x.dtype == np.float64 or dtype == np.float64 else np.dtype(np.float32)
+    out_features, contracted = qw.shape[-2:]
+    stack = qw.shape[:-2]
+    if math.prod(stack) == 1:
+        batch = np.broadcast_shapes(x.shape[:-2], stack) if stack else x.shape[:-1]
+        rows = np.ascontiguousarray(x, work).reshape(-1, contracted)
+        result = _matrix(rows, _leaves(qw, 1), qw, out_features, dtype)
+        return result.reshape((*batch, x.shape[-2], out_features) if stack else (*batch, out_features))
+    return _stacked(np.asarray(x, work), qw, dtype)
+
+
+def _stacked(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any]) -> Array:
+    stack, (out_features, contracted) = qw.shape[:-2], qw.shape[-2:]
+    batch = np.broadcast_shapes(x.shape[:-2], stack)
+    rows = x.shape[-2]
+    result = np.empty((*batch, rows, out_features), dtype)
+    x = np.broadcast_to(x, (*batch, rows, contracted))
+    which = np.broadcast_to(np.arange(math.prod(stack)).reshape(stack), batch)
+    leaves = _leaves(qw, math.prod(stack))
+    for position in np.ndindex(batch):
+        chosen = tuple(leaf[which[position]] for leaf in leaves)
+        result[position] = _matrix(np.ascontiguousarray(x[position]), chosen, qw, out_features, dtype)
+    return result
+
+
+def gather_dot(x: Array, qw: QuantizedTensor, lhs: Array, rhs: Array, dtype: np.dtype[Any]) -> Array:
+    """Products of matrix ``lhs[i]`` of x with weight ``rhs[i]`` of the stack, each weight unpacked once.
+
+    Parameters
+    ----------
+    x : array, shape (..., M, K)
+    qw : QuantizedTensor, shape (..., N, K)
+    lhs, rhs : array of integers
+        Flat indices; they broadcast.
+    dtype : numpy.dtype
+
+    Returns
+    -------
+    array, shape broadcast(lhs, rhs).shape + (M, N)
+    """
+    work = np.dtype(np.float64) if x.dtype == np.float64 or dtype == np.float64 else np.dtype(np.float32)
+    out_features, contracted = qw.shape[-2:]
+    rows = x.shape[-2]
+    lhs, rhs = np.broadcast_arrays(lhs, rhs)
+    matrices, weights = math.prod(x.shape[:-2]), math.prod(qw.shape[:-2])
+    left = checked_indices(lhs.reshape(-1), matrices)
+    right = checked_indices(rhs.reshape(-1), weights)
+    flat = x.reshape(-1, rows, contracted)
+    leaves = _leaves(qw, weights)
+    result = np.empty((left.size, rows, out_features), dtype)
+    for weight in np.unique(right):
+        places = np.flatnonzero(right == weight)
+        operand = np.ascontiguousarray(flat[left[places]], work).reshape(-1, contracted)
+        chosen = tuple(leaf[weight] for leaf in leaves)
+        result[places] = _matrix(operand, chosen, qw, out_features, dtype).reshape(-1, rows, out_features)
+    return result.reshape(*lhs.shape, rows, out_features)
+
+
+def checked_indices(indices: Array, length: int) -> Array:
+    """Non-negative indices; IndexError where one is out of range."""
+    if indices.size and not (-length <= int(indices.min()) and int(indices.max()) < length):
+        raise IndexError(f"indices from {indices.min()} to {indices.max()} are out of range for length {length}")
+    return np.where(indices < 0, indices + length, indices).astype(np.intp)
+
+
+def _leaves(qw: QuantizedTensor, stacked: int) -> tuple[Array, ...]:
+    """packed, scales, biases with the leading axes made one, or none where there is one weight."""
+    shape = () if stacked == 1 else (stacked,)
+    return tuple(leaf.reshape(*shape, *leaf.shape[-2:]) for leaf in (qw.packed, qw.scales, qw.biases))
+
+
+def _matrix(x: Array, leaves: tuple[Array, ...], qw: QuantizedTensor, out_features: int, dtype: np.dtype[Any]) -> Array:
+    result = np.empty((x.shape[0], out_features), dtype)
+    along = _against_rows if qw.transposed else _against_groups
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, x.shape[0], _ROWS_OF_X):
+            part = slice(start, start + _ROWS_OF_X)
+            along(x[part], leaves, qw.scheme, qw.in_features, result[part])
+    return result
+
+
+def _against_groups(x: Array, leaves: tuple[Array, ...], scheme: Scheme, in_features: int, out: Array) -> None:
+    """Out = x @ w.T, contracted along the grouped axis."""
+    packed, scales, biases = leaves
+    width = column_step(scheme, in_features)
+    for rows in row_tiles(packed.shape[0], width):
+        total: Array | None = None
+        for start in range(0, in_features, width):
+            stop = min(start + width, in_features)
+            tile = decode_block(packed[rows], scales[rows], biases[rows], scheme, start, stop)
+            part = x[:, start:stop] @ tile.T.astype(x.dtype, copy=False)
+            total = part if total is None else np.add(total, part, out=total)
+        out[:, rows] = total
+
+
+def _against_rows(x: Array, leaves: tuple[Array, ...], scheme: Scheme, in_features: int, out: Array) -> None:
+    """Out = x @ w, contracted along the rows of w."""
+    packed, scales, biases = leaves
+    width = column_step(scheme, in_features)
+    for start in range(0, in_features, width):
+        stop = min(start + width, in_features)
+        total = np.zeros((x.shape[0], stop - start), x.dtype)
+        for rows in row_tiles(packed.shape[0], width):
+            tile = decode_block(packed[rows], scales[rows], biases[rows], scheme, start, stop)
+            total += x[:, rows] @ tile.astype(x.dtype, copy=False)
+        out[:, start:stop] = total
