@@ -134,46 +134,17 @@ def gelu(x: Array) -> Array:
 
 
 def erf(x: Array) -> Array:
-    """Approximate the error function, which the array API lacks, by a rational function.
-
-    Its largest error is 6.5e-8 as a formula, and below 5e-7 when evaluated in float32.
+    """Approximate the error function, which the array API lacks, within 1.5e-7.
 
     References
     ----------
-    Eigen's ``generic_fast_erf_float`` (unsupported/Eigen/src/SpecialFunctions, MPL-2.0), whose coefficients these
-    are; XLA and TensorFlow compute float32 erf by the same formula.
+    Abramowitz and Stegun, Handbook of Mathematical Functions (1964), formula 7.1.26.
     """
     xp = array_namespace(x)
-    x = xp.clip(x, -4.0, 4.0)
-    square = x * x
-    return x * _polynomial(_ERF_NUMERATOR, square) / _polynomial(_ERF_DENOMINATOR, square)
-
-
-_ERF_NUMERATOR = (
-    -2.72614225801306e-10,
-    2.77068142495902e-08,
-    -2.10102402082508e-06,
-    -5.69250639462346e-05,
-    -7.34990630326855e-04,
-    -2.95459980854025e-03,
-    -1.60960333262415e-02,
-)
-_ERF_DENOMINATOR = (
-    -1.45660718464996e-05,
-    -2.13374055278905e-04,
-    -1.68282697438203e-03,
-    -7.37332916720468e-03,
-    -1.42647390514189e-02,
-)
-
-
-def _polynomial(coefficients: tuple[float, ...], x: Array) -> Array:
-    """Evaluate a polynomial, highest power first, by Horner's rule."""
-    highest, *rest = coefficients
-    total = highest * x + rest[0]
-    for coefficient in rest[1:]:
-        total = total * x + coefficient
-    return total
+    size = xp.abs(x)
+    t = 1.0 / (1.0 + 0.3275911 * size)
+    tail = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+    return xp.sign(x) * (1.0 - tail * xp.exp(-size * size))
 
 
 def mean_pool(hidden: Array, attention_mask: Array) -> Array:

@@ -4,6 +4,7 @@ A route is resolved the first time that a combination of array type, dtypes, dev
 and kept in the table of the current registry snapshot. After that a call costs one look-up.
 """
 
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,6 @@ __all__ = [
     "Verdict",
     "product_route",
     "quantize_request",
-    "resolve",
     "weigh",
     "weight_request",
 ]
@@ -134,28 +134,45 @@ def product_route(op: str, x: Any, w: QuantizedTensor, out_dtype: Any, precision
         raise TypeError(f"{op}: out_dtype must be a dtype, precision and backend strings") from None
     if type(found) is Route:
         return found
-    if found is not None:
-        by_shape: Route | None = found.get((x.shape, w.packed.shape))
-        if by_shape is not None:
-            return by_shape
-    return _resolve_product(key, op, x, w, out_dtype, precision, backend)
-
-
-def _resolve_product(
-    key: Any, op: str, x: Any, w: QuantizedTensor, out_dtype: Any, precision: Any, backend: Any
-) -> Route:
+    shapes = (x.shape, w.packed.shape, w.in_features)
+    if found is not None and shapes in found:
+        return found[shapes]  # type: ignore[no-any-return]
     now = registry.snapshot()
     request = product_request(op, x, w, precision)
-    dtype = product_dtype(op, request, out_dtype)
+    return _keep(key, shapes, request, product_dtype(op, request, out_dtype), backend, now)
+
+
+def weight_route(op: str, w: QuantizedTensor, backend: str | None) -> Route:
+    """The kernel for an operation on a quantized weight alone: dequantize, take."""
+    key = (op, arrays.device_of(w.packed), w.annotation, backend, _settings())
+    shapes = (w.packed.shape, w.in_features)
+    return _kept(key, shapes) or _keep(key, shapes, weight_request(op, w), w.dtype_name, backend, registry.snapshot())
+
+
+def quantize_route(w: Any, scheme: Scheme, backend: str | None) -> Route:
+    """The kernel that quantizes a dense weight."""
+    key = ("quantize", type(w), w.dtype, arrays.device_of(w), scheme, backend, _settings())
+    shapes = tuple(w.shape)
+    request = quantize_request(w, scheme)
+    return _kept(key, shapes) or _keep(key, shapes, request, request.call.dtype, backend, registry.snapshot())
+
+
+def _kept(key: Any, shapes: Any) -> Route | None:
+    found = registry.current.routes.get(key)
+    return found if found is None or type(found) is Route else found.get(shapes)
+
+
+def _keep(key: Any, shapes: Any, request: Request, dtype: str, backend: str | None, now: registry.Snapshot) -> Route:
+    """Resolve a request, and keep its route: by shapes only where a backend that was asked looks at them."""
     chosen, by_shape = choose(request, backend, now)
-    route = Route(chosen.hook(op), dtype, request.call.precision)
+    route = Route(chosen.hook(request.op), dtype, request.call.precision)
     if not by_shape:
         now.routes[key] = route
-    else:
-        table = now.routes.setdefault(key, {})
-        if len(table) >= _MAX_SHAPES:
-            table.clear()
-        table[x.shape, w.packed.shape] = route
+        return route
+    table = now.routes.setdefault(key, {})
+    if len(table) >= _MAX_SHAPES:
+        table.clear()
+    table[shapes] = route
     return route
 
 
@@ -242,12 +259,6 @@ def product_dtype(op: str, request: Request, out_dtype: Any) -> str:
 # --- the choice -----------------------------------------------------------------------------------------------
 
 
-def resolve(request: Request, backend: str | None) -> Callable[..., Any]:
-    """The kernel for a request that isn't worth a place in the table."""
-    chosen, _ = choose(request, backend, registry.snapshot())
-    return chosen.hook(request.op)
-
-
 def choose(request: Request, backend: str | None, now: registry.Snapshot) -> tuple[LoadedBackend, bool]:
     """The backend that computes a request, and whether the choice rests on the shapes."""
     asked = candidates(request, backend, now)
@@ -307,13 +318,21 @@ _warned: Final[set[tuple[Any, ...]]] = set()
 def _warn_of_fallback(request: Request, chosen: LoadedBackend, refused: list[Verdict]) -> None:
     if chosen.info.library != "*" or not refused:
         return
-    key = (request.op, request.call.scheme, request.call.transposed, chosen.name, tuple(refused))
+    names = tuple(verdict.backend for verdict in refused)
+    key = (request.op, request.call.scheme, request.call.transposed, request.call.precision, chosen.name, names)
     if key not in _warned:
         _warned.add(key)
         reasons = "; ".join(f"{v.backend}: {v.reason}" for v in refused)
-        warnings.warn(
-            f"{request} is computed by the slower backend {chosen.name!r}. {reasons}", PerformanceWarning, stacklevel=6
-        )
+        message = f"{request} is computed by the slower backend {chosen.name!r}. {reasons}"
+        warnings.warn(message, PerformanceWarning, stacklevel=_levels_to_caller())
+
+
+def _levels_to_caller() -> int:
+    """How many frames up the caller's own code is, so that the warning names its line."""
+    frame, levels = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("quantcore."):
+        frame, levels = frame.f_back, levels + 1
+    return levels
 
 
 def _listing() -> str:

@@ -83,8 +83,7 @@ def quantize(
         dense = _clipped(dense, chosen, xp)
     elif not traced:
         _check_finite(dense, "the weight", chosen, xp, flip)
-    hook = dispatch.resolve(dispatch.quantize_request(dense, chosen), backend)
-    packed, scales, biases = hook(dense, chosen)
+    packed, scales, biases = dispatch.quantize_route(dense, chosen, backend).function(dense, chosen)
     if not traced:
         _check_finite(scales, "the scale", chosen, xp, flip)
         _check_finite(biases, "the bias", chosen, xp, flip)

@@ -42,7 +42,7 @@ def dequantize(qw: Any, /, *, dtype: Any = None, backend: str | None = None) -> 
             raise TypeError(f"dequantize: takes a QuantizedTensor or an array, not {type(qw).__name__}")
         return qw if name is None else _cast(qw, name)
     base = qw.mT if qw.transposed else qw
-    dense = dispatch.resolve(dispatch.weight_request("dequantize", base), backend)(base, name or qw.dtype_name)
+    dense = dispatch.weight_route("dequantize", base, backend).function(base, name or qw.dtype_name)
     return arrays.plain_namespace(dense).matrix_transpose(dense) if qw.transposed else dense
 
 
@@ -213,18 +213,11 @@ def take(qw: Any, indices: Any, /, axis: int = 0, *, out_dtype: Any = None, back
     if not isinstance(qw, QuantizedTensor):
         rows = _dense_take(qw, where, axis, xp)
         return rows if name is None else _cast(rows, name)
-    request = dispatch.weight_request("take", qw)
     base = qw.mT if qw.transposed else qw
-    if qw.transposed and axis == qw.ndim - 1:
-        axis -= 1
-        back = True
-    else:
-        back = False
-    hook = dispatch.resolve(request if base is qw else dispatch.weight_request("take", base), backend)
-    rows = hook(base, where, axis, name or qw.dtype_name)
-    if not qw.transposed:
-        return rows
-    return _orient_taken(rows, axis, len(where.shape), back, xp)
+    from_last = qw.transposed and axis == qw.ndim - 1
+    axis -= from_last
+    rows = dispatch.weight_route("take", base, backend).function(base, where, axis, name or qw.dtype_name)
+    return _orient_taken(rows, axis, from_last, xp) if qw.transposed else rows
 
 
 def gather_dot(
@@ -528,11 +521,9 @@ def _flat_indices(op: str, indices: Any, shape: tuple[int, ...], like: Any) -> A
     return _indices(op, indices, count, like)[1]
 
 
-def _orient_taken(rows: Any, axis: int, index_axes: int, was_last: bool, xp: Any) -> Any:
-    """Swap what `take` of an untransposed weight gave into the orientation of the transposed one."""
-    ndim = len(rows.shape)
-    order = list(range(ndim))
-    if was_last:
-        moved = order.pop()
-        return xp.permute_dims(rows, (*order[:axis], moved, *order[axis:]))
-    return xp.permute_dims(rows, (*order[:-2], order[-1], order[-2]))
+def _orient_taken(rows: Any, axis: int, from_last: bool, xp: Any) -> Any:
+    """Turn what `take` of an untransposed weight gave into the orientation of the transposed one."""
+    *order, grouped = range(len(rows.shape))
+    if from_last:
+        return xp.permute_dims(rows, (*order[:axis], grouped, *order[axis:]))
+    return xp.permute_dims(rows, (*order[:-1], grouped, order[-1]))

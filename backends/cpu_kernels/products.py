@@ -4,10 +4,11 @@ Peak memory beyond the result and one float copy of x stays under 64 MiB whateve
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
-from quantcore_backends.cpu_kernels.affine import column_step, decode_block, row_tiles
+from quantcore_backends.cpu_kernels.affine import TILE, column_step, decode_block
 
 from quantcore import QuantizedTensor, Scheme
 
@@ -15,7 +16,9 @@ __all__ = ["dot", "gather_dot"]
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
-_ROWS_OF_X = 4096
+_ROWS_OF_X = 2048
+_SIDE = 1024
+"""With `_ROWS_OF_X`, what bounds a partial product: 8 MiB in float32."""
 
 
 def dot(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any]) -> Array:
@@ -37,7 +40,7 @@ def dot(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any]) -> Array:
     stack = qw.shape[:-2]
     if math.prod(stack) == 1:
         batch = np.broadcast_shapes(x.shape[:-2], stack) if stack else x.shape[:-1]
-        rows = np.ascontiguousarray(x, work).reshape(-1, contracted)
+        rows = np.ascontiguousarray(x, work).reshape(math.prod(x.shape[:-1]), contracted)
         result = _matrix(rows, _leaves(qw, 1), qw, out_features, dtype)
         return result.reshape((*batch, x.shape[-2], out_features) if stack else (*batch, out_features))
     return _stacked(np.asarray(x, work), qw, dtype)
@@ -79,14 +82,14 @@ def gather_dot(x: Array, qw: QuantizedTensor, lhs: Array, rhs: Array, dtype: np.
     matrices, weights = math.prod(x.shape[:-2]), math.prod(qw.shape[:-2])
     left = checked_indices(lhs.reshape(-1), matrices)
     right = checked_indices(rhs.reshape(-1), weights)
-    flat = x.reshape(-1, rows, contracted)
-    leaves = _leaves(qw, weights)
+    flat = x.reshape(matrices, rows, contracted)
+    leaves = tuple(leaf.reshape(weights, *leaf.shape[-2:]) for leaf in (qw.packed, qw.scales, qw.biases))
     result = np.empty((left.size, rows, out_features), dtype)
     for weight in np.unique(right):
         places = np.flatnonzero(right == weight)
-        operand = np.ascontiguousarray(flat[left[places]], work).reshape(-1, contracted)
+        operand = np.ascontiguousarray(flat[left[places]], work).reshape(places.size * rows, contracted)
         chosen = tuple(leaf[weight] for leaf in leaves)
-        result[places] = _matrix(operand, chosen, qw, out_features, dtype).reshape(-1, rows, out_features)
+        result[places] = _matrix(operand, chosen, qw, out_features, dtype).reshape(places.size, rows, out_features)
     return result.reshape(*lhs.shape, rows, out_features)
 
 
@@ -94,7 +97,8 @@ def checked_indices(indices: Array, length: int) -> Array:
     """Non-negative indices; IndexError where one is out of range."""
     if indices.size and not (-length <= int(indices.min()) and int(indices.max()) < length):
         raise IndexError(f"indices from {indices.min()} to {indices.max()} are out of range for length {length}")
-    return np.where(indices < 0, indices + length, indices).astype(np.intp)
+    indices = indices.astype(np.intp)
+    return np.where(indices < 0, indices + length, indices)
 
 
 def _leaves(qw: QuantizedTensor, stacked: int) -> tuple[Array, ...]:
@@ -117,7 +121,7 @@ def _against_groups(x: Array, leaves: tuple[Array, ...], scheme: Scheme, in_feat
     """Out = x @ w.T, contracted along the grouped axis."""
     packed, scales, biases = leaves
     width = column_step(scheme, in_features)
-    for rows in row_tiles(packed.shape[0], width):
+    for rows in _tiles(packed.shape[0], width):
         total: Array | None = None
         for start in range(0, in_features, width):
             stop = min(start + width, in_features)
@@ -130,11 +134,18 @@ def _against_groups(x: Array, leaves: tuple[Array, ...], scheme: Scheme, in_feat
 def _against_rows(x: Array, leaves: tuple[Array, ...], scheme: Scheme, in_features: int, out: Array) -> None:
     """Out = x @ w, contracted along the rows of w."""
     packed, scales, biases = leaves
-    width = column_step(scheme, in_features)
+    width = min(column_step(scheme, in_features), _SIDE)
     for start in range(0, in_features, width):
         stop = min(start + width, in_features)
         total = np.zeros((x.shape[0], stop - start), x.dtype)
-        for rows in row_tiles(packed.shape[0], width):
+        for rows in _tiles(packed.shape[0], width):
             tile = decode_block(packed[rows], scales[rows], biases[rows], scheme, start, stop)
             total += x[:, rows] @ tile.astype(x.dtype, copy=False)
         out[:, start:stop] = total
+
+
+def _tiles(rows: int, width: int) -> Iterator[slice]:
+    """Slices of rows whose tiles, and whose partial products with `_ROWS_OF_X` rows of x, stay small."""
+    step = max(1, min(_SIDE, TILE // max(width, 1)))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))

@@ -40,7 +40,7 @@ class MLXBackend:
                 "quantize-rounding@gpu",
                 "dequantize-fma@gpu",
                 "half-weight@gpu",
-                "nonfinite-as-nan@gpu",
+                "nonfinite-as-nan",
             ),
             shape_dependent=True,
         )
