@@ -3,9 +3,8 @@
 import math
 from typing import Any
 
-from quantcore_backends.array_api_backend import affine, indexing, products
-
 from quantcore import BackendInfo, Call, QuantizedTensor, Scheme, hookimpl
+from quantcore_backends.array_api_backend import affine, indexing, products
 
 __all__ = ["ArrayAPIBackend", "backend"]
 

@@ -5,10 +5,10 @@ from typing import Any, Final
 
 import numpy as np
 from array_api_compat import array_namespace
-from quantcore_backends.array_api_backend.bitstream import constant, pack, unpack
 
 from quantcore import Scheme
 from quantcore.dtypes import native_dtype
+from quantcore_backends.array_api_backend.bitstream import constant, pack, unpack
 
 __all__ = ["TILE", "decode", "decode_block", "encode", "tiles"]
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace
-from quantcore_backends.array_api_backend.affine import decode_block, tiles
 
 from quantcore import QuantizedTensor
 from quantcore.dtypes import dtype_name, native_dtype
+from quantcore_backends.array_api_backend.affine import decode_block, tiles
 
 __all__ = ["dot"]
 

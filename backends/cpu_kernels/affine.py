@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
-from quantcore_backends.cpu_kernels.bitstream import pack, unpack
 
 from quantcore import Scheme
+from quantcore_backends.cpu_kernels.bitstream import pack, unpack
 
 __all__ = ["TILE", "decode", "decode_block", "encode"]
 

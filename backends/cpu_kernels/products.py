@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
-from quantcore_backends.cpu_kernels.affine import TILE, column_step, decode_block
 
 from quantcore import QuantizedTensor, Scheme
+from quantcore_backends.cpu_kernels.affine import TILE, column_step, decode_block
 
 __all__ = ["dot", "gather_dot"]
 

@@ -3,10 +3,10 @@
 from typing import Any
 
 import numpy as np
-from quantcore_backends import cpu_kernels
 
 from quantcore import BackendInfo, Call, QuantizedTensor, Scheme, hookimpl
 from quantcore.dtypes import numpy_dtype
+from quantcore_backends import cpu_kernels
 
 __all__ = ["NumPyBackend", "backend"]
 

