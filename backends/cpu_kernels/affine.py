@@ -1,4 +1,4 @@
-"""Affine codes from weights and weights from affine codes, tile by tile."""
+"""Affine codes from weights and weights from affine codes, tile by tile; compiled where Numba is there."""
 
 from collections.abc import Iterator
 from typing import Any, TypeAlias
@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from quantcore import Scheme
+from quantcore_backends.cpu_kernels import compiled
 from quantcore_backends.cpu_kernels.bitstream import pack, unpack
 
 __all__ = ["TILE", "decode", "decode_block", "encode"]
@@ -94,6 +95,9 @@ def decode(
     """
     leading = packed.shape[:-1]
     packed, scales, biases = (part.reshape(-1, part.shape[-1]) for part in (packed, scales, biases))
+    if dtype == np.float32 and compiled.available():
+        dense = compiled.decode_block(packed, scales, biases, scheme, 0, in_features)
+        return dense.reshape(*leading, in_features)
     dense = np.empty((packed.shape[0], in_features), dtype)
     width = column_step(scheme, in_features)
     for rows in row_tiles(packed.shape[0], min(width, in_features)):
@@ -107,6 +111,8 @@ def decode(
 
 def decode_block(packed: Array, scales: Array, biases: Array, scheme: Scheme, start: int, stop: int) -> Array:
     """Columns `start` to `stop` of rows, in float32; `start` is a multiple of `column_step`."""
+    if compiled.available():
+        return compiled.decode_block(packed, scales, biases, scheme, start, stop)
     words = slice(start * scheme.bits // 32, -(-stop * scheme.bits // 32))
     codes = unpack(packed[:, words], scheme.bits, stop - start)
     dense = codes.astype(np.float32)

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from quantcore import QuantizedTensor, Scheme
+from quantcore_backends.cpu_kernels import compiled
 from quantcore_backends.cpu_kernels.affine import TILE, column_step, decode_block
 
 __all__ = ["dot", "gather_dot"]
@@ -120,6 +121,9 @@ def _matrix(x: Array, leaves: tuple[Array, ...], qw: QuantizedTensor, out_featur
 def _against_groups(x: Array, leaves: tuple[Array, ...], scheme: Scheme, in_features: int, out: Array) -> None:
     """Out = x @ w.T, contracted along the grouped axis."""
     packed, scales, biases = leaves
+    if 0 < x.shape[0] <= compiled.FEW_ROWS and x.dtype == np.float32 and compiled.available():
+        out[...] = compiled.few_rows(np.ascontiguousarray(x), packed, scales, biases, scheme)
+        return
     width = column_step(scheme, in_features)
     for rows in _tiles(packed.shape[0], width):
         total: Array | None = None

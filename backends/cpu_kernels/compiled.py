@@ -1,0 +1,154 @@
+"""The compiled kernels on NumPy arrays: addresses, strides, threads, and what the vectors may not read past."""
+
+import os
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+
+from quantcore import Scheme
+from quantcore_backends.cpu_kernels.threads import over_rows
+
+__all__ = ["FEW_ROWS", "available", "decode_block", "few_rows"]
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+FEW_ROWS: Final = 12
+"""Rows of x up to which unpacking in registers beats making the weight dense for BLAS."""
+
+_KINDS: Final = {"float32": 0, "float16": 1, "bfloat16": 2}
+_ROW_SPAN: Final = 256
+"""Columns of a partial sum where the whole row is one group."""
+_FLUSH: Final = 4096
+"""Columns after which partial sums go into float64."""
+_OVERREAD: Final = 16
+"""Bytes that a vector of 3-, 5- or 6-bit codes may read beyond them."""
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    if os.environ.get("QUANTCORE_COMPILED", "1") == "0":
+        return None
+    try:
+        from quantcore_backends.cpu_kernels import kernels
+    except ImportError:
+        return None  # the extra `fast` isn't installed
+    return kernels
+
+
+def available() -> bool:
+    """Whether Numba is there, and ``QUANTCORE_COMPILED`` isn't 0."""
+    return _kernels() is not None
+
+
+def decode_block(packed: Array, scales: Array, biases: Array, scheme: Scheme, start: int, stop: int) -> Array:
+    """Columns `start` to `stop` of rows, in float32; `start` is a multiple of 256.
+
+    Parameters
+    ----------
+    packed : array, shape (N, W), uint32
+    scales, biases : array, shape (N, G)
+    scheme : Scheme
+    start, stop : int
+
+    Returns
+    -------
+    array, shape (N, stop - start), float32
+    """
+    columns = stop - start
+    dense = np.empty((packed.shape[0], columns), np.float32)
+    operands = _Operands(packed, scales, biases, scheme)
+    kernel = _module().dense_rows(scheme.bits, operands.kind)
+
+    def run(part: _Operands, out: Array, first: int, last: int) -> None:
+        kernel(*part.from_column(start), out, first, last, columns, part.span, *part.strides)
+
+    _over_rows(operands, dense, run, dense.size)
+    return dense
+
+
+def few_rows(x: Array, packed: Array, scales: Array, biases: Array, scheme: Scheme) -> Array:
+    """``x @ w.T`` for few rows of x.
+
+    Parameters
+    ----------
+    x : array, shape (M, K), float32, C-contiguous
+    packed : array, shape (N, W), uint32
+    scales, biases : array, shape (N, G)
+    scheme : Scheme
+
+    Returns
+    -------
+    array, shape (M, N), float32
+    """
+    rows, columns = x.shape
+    out = np.empty((packed.shape[0], rows), np.float32)
+    operands = _Operands(packed, scales, biases, scheme)
+    module = _module()
+    sums = np.empty((rows, -(-columns // operands.span)), np.float64)
+    module.span_sums(x, rows, columns, operands.span, sums)
+    kernel = (module.four_by_one if rows == 1 else module.one_by_four)(scheme.bits, operands.kind)
+    flush = max(1, _FLUSH // operands.span)
+    address = x.ctypes.data
+
+    def run(part: _Operands, out: Array, first: int, last: int) -> None:
+        kernel(address, sums, *part.from_column(0), out, first, last, columns, part.span, flush, *part.strides)
+
+    _over_rows(operands, out, run, packed.shape[0] * columns * rows)
+    return out.T
+
+
+class _Operands:
+    """Addresses and strides of a packed matrix. Keeps the arrays alive while kernels read them."""
+
+    def __init__(self, packed: Array, scales: Array, biases: Array, scheme: Scheme) -> None:
+        self.packed = _rows_in_memory(packed, np.dtype(np.uint32))
+        kind = np.dtype(np.float32) if scales.dtype != biases.dtype else scales.dtype.newbyteorder("=")
+        if kind.name not in _KINDS:
+            kind = np.dtype(np.float32)
+        self.scales, self.biases = _rows_in_memory(scales, kind), _rows_in_memory(biases, kind)
+        if self.scales.strides != self.biases.strides:
+            self.scales, self.biases = np.ascontiguousarray(scales, kind), np.ascontiguousarray(biases, kind)
+        self.kind = _KINDS[kind.name]
+        self.scheme = scheme
+        self.span = scheme.group_size or _ROW_SPAN
+        step = kind.itemsize if scheme.group_size else 0
+        self.strides = (self.packed.strides[0], self.scales.strides[0], step)
+
+    def from_column(self, start: int) -> tuple[int, int, int]:
+        """Addresses of packed, scales and biases at a column."""
+        step = start // self.span * self.strides[2]
+        offset = start * self.scheme.bits // 8
+        return self.packed.ctypes.data + offset, self.scales.ctypes.data + step, self.biases.ctypes.data + step
+
+    def padded(self, rows: slice) -> "_Operands":
+        """Some rows, copied to where there is memory behind each that a vector may read."""
+        packed = self.packed[rows]
+        room = np.zeros((packed.shape[0], packed.shape[1] + _OVERREAD // 4), np.uint32)
+        room[:, : packed.shape[1]] = packed
+        return _Operands(room, self.scales[rows], self.biases[rows], self.scheme)
+
+
+def _over_rows(operands: _Operands, out: Array, run: Callable[[_Operands, Array, int, int], None], work: int) -> None:
+    """Run a kernel over all rows; over the last ones from a padded copy, where a vector reads past its codes."""
+    rows, words = operands.packed.shape
+    reads_past = 32 % operands.scheme.bits != 0
+    safe = max(0, rows - (-(-_OVERREAD // (4 * words)) if reads_past else 0))
+    if safe:
+        over_rows(lambda first, last: run(operands, out[first:last], first, last), safe, work)
+    if safe < rows:
+        run(operands.padded(slice(safe, rows)), out[safe:], 0, rows - safe)
+
+
+def _rows_in_memory(array: Array, dtype: np.dtype[Any]) -> Array:
+    """The array with each row in one piece, in native byte order; itself where it is so already."""
+    native = array.astype(dtype, copy=False)
+    return native if native.strides[-1] == dtype.itemsize and native.strides[0] >= 0 else np.ascontiguousarray(native)
+
+
+def _module() -> Any:
+    module = _kernels()
+    assert module is not None
+    return module
