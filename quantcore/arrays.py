@@ -7,7 +7,17 @@ from typing import Any, Final
 import array_api_compat
 import numpy as np
 
-__all__ = ["device_of", "device_probe", "is_array", "is_traced", "library_of", "nbytes_of", "plain_namespace", "probes"]
+__all__ = [
+    "device_of",
+    "device_probe",
+    "evaluate",
+    "is_array",
+    "is_traced",
+    "library_of",
+    "nbytes_of",
+    "plain_namespace",
+    "probes",
+]
 
 
 def is_array(obj: Any) -> bool:
@@ -43,9 +53,10 @@ def library_of(array: Any) -> str:
     return name
 
 
-def _mlx_device(_array: Any) -> str:
+def _mlx_device(*_arrays: Any) -> str:
     # MLX arrays live in unified memory; where an op runs is decided by the default device when it is built.
-    return "cpu" if sys.modules["mlx.core"].default_device().type.name == "cpu" else "gpu"
+    mx = sys.modules["mlx.core"]
+    return "cpu" if mx.default_device() == mx.cpu else "gpu"
 
 
 def _own_device(array: Any) -> str | None:
@@ -55,29 +66,35 @@ def _own_device(array: Any) -> str | None:
         return None  # tracers and shape structs have none
 
 
-probes: Final[dict[type, Callable[[Any], str | None] | None]] = {np.ndarray: None}
+def _own_devices(x: Any, w: Any) -> tuple[str | None, str | None]:
+    return _own_device(x), _own_device(w)
+
+
+probes: Final[dict[type, Callable[[Any, Any], Any] | None]] = {np.ndarray: None}
 """What :func:`device_probe` found, by array type; dispatch reads it on its hot path."""
 
 
-def device_probe(cls: type) -> Callable[[Any], str | None] | None:
-    """The function that names the device of arrays of type `cls`; None where it is always the CPU."""
+def device_probe(cls: type) -> Callable[[Any, Any], Any] | None:
+    """The function that names the devices of two arrays of type `cls`; None where it is always the CPU."""
     try:
         return probes[cls]
     except KeyError:
-        probe: Callable[[Any], str | None] | None
+        probe: Callable[[Any, Any], Any] | None
         if issubclass(cls, np.ndarray):
             probe = None
         elif cls.__module__.startswith("mlx."):
             probe = _mlx_device
         else:
-            probe = _own_device
+            probe = _own_devices
         return probes.setdefault(cls, probe)
 
 
 def device_of(array: Any) -> str | None:
     """Name of the device that the array is on, or None where that is unknown (a tracer)."""
     probe = device_probe(type(array))
-    return "cpu" if probe is None else probe(array)
+    if probe is None:
+        return "cpu"
+    return _mlx_device() if probe is _mlx_device else _own_device(array)
 
 
 def is_traced(array: Any) -> bool:
@@ -92,6 +109,12 @@ def is_traced(array: Any) -> bool:
     if library == "jax":
         return isinstance(array, sys.modules["jax"].core.Tracer)
     return False
+
+
+def evaluate(*arrays_: Any) -> None:
+    """Compute what a lazy library only noted down: MLX's streams belong to threads, and another one may read it."""
+    if library_of(arrays_[0]) == "mlx":
+        sys.modules["mlx.core"].eval(*arrays_)
 
 
 def nbytes_of(array: Any) -> int:

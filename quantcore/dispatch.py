@@ -7,12 +7,18 @@ and kept in the table of the current registry snapshot. After that a call costs 
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
 from quantcore import arrays, registry, settings
 from quantcore.dtypes import REAL_FLOATING, dtype_name, result_dtype
-from quantcore.errors import BackendUnavailableError, NoBackendError, PerformanceWarning, UnsupportedError
+from quantcore.errors import (
+    BackendNotFoundError,
+    BackendUnavailableError,
+    NoBackendError,
+    PerformanceWarning,
+    UnsupportedError,
+)
 from quantcore.hookspecs import Call, Precision
 from quantcore.scheme import Scheme
 from quantcore.tensor import QuantizedTensor
@@ -113,7 +119,9 @@ _probes = arrays.probes
 _settings = settings.current.get
 
 
-def product_route(op: str, x: Any, w: QuantizedTensor, out_dtype: Any, precision: Any, backend: Any) -> Route:
+def product_route(
+    op: str, x: Any, x_shape: Any, w: QuantizedTensor, out_dtype: Any, precision: Any, backend: Any
+) -> Route:
     """The kernel for a product of x with w; shapes are checked by the caller.
 
     Raises
@@ -126,7 +134,7 @@ def product_route(op: str, x: Any, w: QuantizedTensor, out_dtype: Any, precision
     """
     cls = type(x)
     probe = _probes[cls] if cls in _probes else arrays.device_probe(cls)
-    device = None if probe is None else (probe(x), probe(w.packed))
+    device = None if probe is None else probe(x, w.packed)
     key = (op, cls, x.dtype, device, w.annotation, out_dtype, precision, backend, _settings())
     try:
         found = registry.current.routes.get(key)
@@ -134,27 +142,27 @@ def product_route(op: str, x: Any, w: QuantizedTensor, out_dtype: Any, precision
         raise TypeError(f"{op}: out_dtype must be a dtype, precision and backend strings") from None
     if type(found) is Route:
         return found
-    shapes = (x.shape, w.packed.shape, w.in_features)
-    if found is not None and shapes in found:
-        return found[shapes]  # type: ignore[no-any-return]
+    shapes = (x_shape, w.packed.shape, w.in_features)
+    by_shapes: Route | None = None if found is None else found.get(shapes)
+    if by_shapes is not None:
+        return by_shapes
     now = registry.snapshot()
-    request = product_request(op, x, w, precision)
-    return _keep(key, shapes, request, product_dtype(op, request, out_dtype), backend, now)
+    request = product_request(op, x, w, precision, out_dtype)
+    return _keep(key, shapes, request, backend, now)
 
 
-def weight_route(op: str, w: QuantizedTensor, backend: str | None) -> Route:
+def weight_route(op: str, w: QuantizedTensor, dtype: str | None, backend: str | None) -> Route:
     """The kernel for an operation on a quantized weight alone: dequantize, take."""
-    key = (op, arrays.device_of(w.packed), w.annotation, backend, _settings())
+    key = (op, arrays.device_of(w.packed), w.annotation, dtype, backend, _settings())
     shapes = (w.packed.shape, w.in_features)
-    return _kept(key, shapes) or _keep(key, shapes, weight_request(op, w), w.dtype_name, backend, registry.snapshot())
+    return _kept(key, shapes) or _keep(key, shapes, weight_request(op, w, dtype), backend, registry.snapshot())
 
 
 def quantize_route(w: Any, scheme: Scheme, backend: str | None) -> Route:
     """The kernel that quantizes a dense weight."""
     key = ("quantize", type(w), w.dtype, arrays.device_of(w), scheme, backend, _settings())
     shapes = tuple(w.shape)
-    request = quantize_request(w, scheme)
-    return _kept(key, shapes) or _keep(key, shapes, request, request.call.dtype, backend, registry.snapshot())
+    return _kept(key, shapes) or _keep(key, shapes, quantize_request(w, scheme), backend, registry.snapshot())
 
 
 def _kept(key: Any, shapes: Any) -> Route | None:
@@ -162,10 +170,10 @@ def _kept(key: Any, shapes: Any) -> Route | None:
     return found if found is None or type(found) is Route else found.get(shapes)
 
 
-def _keep(key: Any, shapes: Any, request: Request, dtype: str, backend: str | None, now: registry.Snapshot) -> Route:
+def _keep(key: Any, shapes: Any, request: Request, backend: str | None, now: registry.Snapshot) -> Route:
     """Resolve a request, and keep its route: by shapes only where a backend that was asked looks at them."""
     chosen, by_shape = choose(request, backend, now)
-    route = Route(chosen.hook(request.op), dtype, request.call.precision)
+    route = Route(chosen.hook(request.op), request.call.out_dtype, request.call.precision)
     if not by_shape:
         now.routes[key] = route
         return route
@@ -179,7 +187,7 @@ def _keep(key: Any, shapes: Any, request: Request, dtype: str, backend: str | No
 # --- requests -------------------------------------------------------------------------------------------------
 
 
-def product_request(op: str, x: Any, w: QuantizedTensor, precision: Any) -> Request:
+def product_request(op: str, x: Any, w: QuantizedTensor, precision: Any, out_dtype: Any = None) -> Request:
     """The request of a product, with its operands checked for kind, library and device."""
     if not arrays.is_array(x):
         raise TypeError(f"{op}: x must be an array of {w.library}, not {type(x).__name__}; convert it first")
@@ -198,13 +206,13 @@ def product_request(op: str, x: Any, w: QuantizedTensor, precision: Any) -> Requ
     x_dtype = dtype_name(x.dtype)
     if x_dtype not in REAL_FLOATING:
         raise TypeError(f"{op}: x must be real floating, not {x_dtype}; cast it, e.g. to {w.dtype_name}")
-    return Request(op, x, _call(w, x_dtype, x_device, precision_in_force(precision), tuple(x.shape)))
+    name = product_dtype(op, x_dtype, w.dtype_name, out_dtype)
+    return Request(op, x, _call(w, x_device, name, precision, x_dtype, tuple(x.shape)))
 
 
-def weight_request(op: str, w: QuantizedTensor, precision: Any = None) -> Request:
-    """The request of an operation on a quantized weight alone."""
-    device = arrays.device_of(w.packed)
-    return Request(op, w.packed, _call(w, None, device, precision_in_force(precision), None))
+def weight_request(op: str, w: QuantizedTensor, dtype: str | None = None, precision: Any = None) -> Request:
+    """The request of an operation on a quantized weight alone; `dtype` is the result's, by default the weight's."""
+    return Request(op, w.packed, _call(w, arrays.device_of(w.packed), dtype or w.dtype_name, precision))
 
 
 def quantize_request(w: Any, scheme: Scheme) -> Request:
@@ -215,6 +223,7 @@ def quantize_request(w: Any, scheme: Scheme) -> Request:
         transposed=False,
         dtype=dtype_name(w.dtype),
         x_dtype=None,
+        out_dtype=dtype_name(w.dtype),
         device=arrays.device_of(w),
         precision="default",
         w_shape=tuple(w.shape),
@@ -223,7 +232,12 @@ def quantize_request(w: Any, scheme: Scheme) -> Request:
 
 
 def _call(
-    w: QuantizedTensor, x_dtype: str | None, device: str | None, precision: Precision, x_shape: tuple[int, ...] | None
+    w: QuantizedTensor,
+    device: str | None,
+    out_dtype: str,
+    precision: Any,
+    x_dtype: str | None = None,
+    x_shape: tuple[int, ...] | None = None,
 ) -> Call:
     return Call(
         scheme=w.scheme,
@@ -231,8 +245,9 @@ def _call(
         transposed=w.transposed,
         dtype=w.dtype_name,
         x_dtype=x_dtype,
+        out_dtype=out_dtype,
         device=device,
-        precision=precision,
+        precision=precision_in_force(precision),
         x_shape=x_shape,
         w_shape=w.shape,
     )
@@ -246,10 +261,10 @@ def precision_in_force(precision: Any) -> Precision:
     return precision  # type: ignore[no-any-return]
 
 
-def product_dtype(op: str, request: Request, out_dtype: Any) -> str:
+def product_dtype(op: str, x_dtype: str, w_dtype: str, out_dtype: Any) -> str:
     """Name of a product's result dtype."""
     if out_dtype is None:
-        return result_dtype(str(request.call.x_dtype), request.call.dtype)
+        return result_dtype(x_dtype, w_dtype)
     name = dtype_name(out_dtype)
     if name not in REAL_FLOATING:
         raise TypeError(f"{op}: out_dtype must be real floating ({', '.join(REAL_FLOATING)}), not {out_dtype!r}")
@@ -272,7 +287,13 @@ def choose(request: Request, backend: str | None, now: registry.Snapshot) -> tup
             return candidate, by_shape
         verdicts.append(Verdict(candidate.name, False, reason))
     reasons = "; ".join(f"{v.backend}: {v.reason}" for v in verdicts)
-    raise UnsupportedError(f"no backend computes this {request}. {reasons}")
+    named = backend is not None or _settings().backend is not None
+    fix = (
+        "leave the choice of the backend to the arrays"
+        if named
+        else "dequantize, or move to another library with .to()"
+    )
+    raise UnsupportedError(f"no backend computes this {request}. {reasons}; {fix}")
 
 
 def candidates(request: Request, backend: str | None, now: registry.Snapshot) -> tuple[LoadedBackend, ...]:
@@ -280,18 +301,21 @@ def candidates(request: Request, backend: str | None, now: registry.Snapshot) ->
     name = backend if backend is not None else _settings().backend
     takers = now.for_array(request.array)
     if name is not None:
-        named = registry.find(name)
+        try:
+            named = registry.find(name, now)
+        except (BackendNotFoundError, BackendUnavailableError) as error:
+            raise type(error)(f"{request}: {error}") from error
         if named not in takers:
             raise NoBackendError(
-                f"{request.op}: backend {name!r} takes arrays of {named.info.library}, not of "
+                f"{request}: backend {name!r} takes arrays of {named.info.library}, not of "
                 f"{arrays.library_of(request.array)}; move the operands with .to({named.info.library!r}), or leave "
                 "the choice to the arrays"
             )
         return (named,)
     if not takers:
         raise NoBackendError(
-            f"no backend takes arrays of type {type(request.array).__module__}.{type(request.array).__qualname__} "
-            f"({request.op}); {_listing()}"
+            f"{request}: no backend takes arrays of type {type(request.array).__module__}."
+            f"{type(request.array).__qualname__}; {_listing()}"
         )
     return takers
 
@@ -302,7 +326,8 @@ def weigh(backend: LoadedBackend, request: Request) -> str:
         return f"has no {request.op}"
     try:
         registry.activate(backend)
-        answer = backend.hook("supports")(request.op, request.call)
+        call = request.call if backend.info.shape_dependent else replace(request.call, x_shape=None, w_shape=None)
+        answer = backend.hook("supports")(request.op, call)
     except BackendUnavailableError as error:
         return str(error)
     except Exception as error:

@@ -1,6 +1,7 @@
 """Making quantized tensors: from dense weights, and from arrays that exist already."""
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, Final, Literal, NoReturn
 
@@ -85,6 +86,7 @@ def quantize(
         _check_finite(dense, "the weight", chosen, xp, flip)
     packed, scales, biases = dispatch.quantize_route(dense, chosen, backend).function(dense, chosen)
     if not traced:
+        arrays.evaluate(packed, scales, biases)
         _check_finite(scales, "the scale", chosen, xp, flip)
         _check_finite(biases, "the bias", chosen, xp, flip)
     return QuantizedTensor(packed, scales, biases, chosen, in_features, dtype=dtype_name(dense.dtype), transposed=flip)
@@ -122,7 +124,10 @@ def quantized_tensor(
         Naming the array whose library, device, dtype or shape doesn't fit.
     """
     chosen = Scheme.parse(scheme)
-    shape = tuple(int(length) for length in shape)
+    try:
+        shape = tuple(operator.index(length) for length in shape)
+    except TypeError:
+        raise TypeError(f"quantized_tensor: shape must be a sequence of ints, not {shape!r}") from None
     if len(shape) < 2 or min(shape) < 0 or shape[-1] < 1:
         raise ValueError(f"quantized_tensor: shape must be (..., N, K) with K ≥ 1, not {shape}")
     if biases is None:
@@ -247,9 +252,8 @@ def _clipped(w: Any, scheme: Scheme, xp: Any) -> Any:
     zero = xp.zeros_like(w)
     magnitude = xp.where(xp.isfinite(w), xp.abs(w), zero)
     if missing:
-        magnitude = xp.concat(
-            [magnitude, xp.zeros_like(magnitude[..., :1]) * xp.ones((missing,), dtype=w.dtype)], axis=-1
-        )
+        filler = xp.broadcast_to(zero[..., :1], (*leading, missing))
+        magnitude = xp.concat([magnitude, filler], axis=-1)
     largest = xp.max(xp.reshape(magnitude, (*leading, scheme.groups(in_features), group)), axis=-1, keepdims=True)
     spread = xp.broadcast_to(largest, (*leading, scheme.groups(in_features), group))
     spread = xp.reshape(spread, (*leading, in_features + missing))[..., :in_features]

@@ -4,6 +4,7 @@ from typing import Any
 
 from quantcore import arrays, dispatch, registry
 from quantcore.dispatch import Explanation, Request, Verdict
+from quantcore.dtypes import dtype_name
 from quantcore.errors import QuantcoreError
 from quantcore.scheme import Scheme
 from quantcore.tensor import QuantizedTensor
@@ -12,10 +13,17 @@ __all__ = ["explain"]
 
 _PRODUCTS = ("dot", "matmul", "gather_dot")
 _ALONE = ("dequantize", "take", "prepack")
+_KERNELS = {"matmul": "dot"}
 
 
 def explain(
-    op: str, /, *args: Any, scheme: Scheme | str | None = None, precision: Any = None, backend: str | None = None
+    op: str,
+    /,
+    *args: Any,
+    scheme: Scheme | str | None = None,
+    out_dtype: Any = None,
+    precision: Any = None,
+    backend: str | None = None,
 ) -> Explanation:
     """Say which backend computes a call, and why, without computing it.
 
@@ -26,7 +34,7 @@ def explain(
         The call's operands: ``explain("dot", x, qw)``, ``explain("quantize", w)``, ``explain("take", qw)``.
     scheme : Scheme or str, optional
         For ``"quantize"``.
-    precision, backend : str, optional
+    out_dtype, precision, backend : optional
         As the call would have them.
 
     Returns
@@ -39,11 +47,11 @@ def explain(
     ValueError, TypeError
         If `op` is unknown, or if the operands don't fit it.
     """
-    request = _request(op, args, scheme, precision)
+    request = _request(op, args, scheme, precision, out_dtype)
     try:
         asked = dispatch.candidates(request, backend, registry.snapshot())
     except QuantcoreError as error:
-        return Explanation(str(request), None, (), str(error))
+        return Explanation(str(request), None, (), str(error).removeprefix(f"{request}: "))
     verdicts = []
     chosen: str | None = None
     for candidate in asked:
@@ -55,7 +63,7 @@ def explain(
     return Explanation(str(request), chosen, tuple(verdicts))
 
 
-def _request(op: str, args: tuple[Any, ...], scheme: Scheme | str | None, precision: Any) -> Request:
+def _request(op: str, args: tuple[Any, ...], scheme: Scheme | str | None, precision: Any, out_dtype: Any) -> Request:
     if op == "quantize":
         (w,) = _exactly(op, args, 1)
         if not arrays.is_array(w):
@@ -63,18 +71,25 @@ def _request(op: str, args: tuple[Any, ...], scheme: Scheme | str | None, precis
         return dispatch.quantize_request(w, Scheme() if scheme is None else Scheme.parse(scheme))
     if op in _PRODUCTS:
         x, w = _exactly(op, args, 2)
-        if isinstance(x, QuantizedTensor) and not isinstance(w, QuantizedTensor):
-            x, w = w, x
-        if not isinstance(w, QuantizedTensor) or isinstance(x, QuantizedTensor):
+        if isinstance(x, QuantizedTensor) == isinstance(w, QuantizedTensor):
             raise TypeError(f"explain: {op} is dispatched where exactly one operand is quantized")
-        if op == "matmul":
-            op, w = "dot", w.mT
-        return dispatch.product_request(op, x, w, precision)
+        if isinstance(w, QuantizedTensor):
+            return dispatch.product_request(
+                _KERNELS.get(op, op), x, w.mT if op == "matmul" else w, precision, out_dtype
+            )
+        if op == "gather_dot":
+            raise TypeError("explain: gather_dot takes the weight as its second operand")
+        if op == "matmul" and arrays.is_array(w) and len(w.shape) > 1:
+            w = arrays.plain_namespace(w).matrix_transpose(w)
+        return dispatch.product_request("dot", w, x, precision, out_dtype)
     if op in _ALONE:
         (w,) = _exactly(op, args[:1], 1)
         if not isinstance(w, QuantizedTensor):
             raise TypeError(f"explain: {op} takes a QuantizedTensor, not {type(w).__name__}")
-        return dispatch.weight_request(op, w, precision)
+        flip = w.transposed and op != "prepack"  # the core transposes what these kernels give
+        return dispatch.weight_request(
+            op, w.mT if flip else w, None if out_dtype is None else dtype_name(out_dtype), precision
+        )
     raise ValueError(f"explain: unknown op {op!r}; ops: quantize, {', '.join(_PRODUCTS + _ALONE)}")
 
 

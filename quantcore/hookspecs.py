@@ -50,6 +50,7 @@ DEVIATIONS: Final[Mapping[str, str]] = MappingProxyType(
         "dequantize-double-rounding": "half-precision dequantize rounds the product and the sum",
         "half-weight": "half-precision dot rounds the dequantized weight to x's dtype before the product",
         "nonfinite-as-nan": "dot may give NaN where the float product is infinite",
+        "flush-subnormals": "float32 numbers below the smallest normal one count as zero in dot",
     }
 )
 """Departures from the numeric contract that a backend may declare, by name; the conformance kit allows no others."""
@@ -86,13 +87,13 @@ class BackendInfo:
 
     name: str
     library: str
+    api_version: int
     array_types: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
     install_hint: str = ""
     priority: int = 0
     deviations: tuple[str, ...] = ()
     shape_dependent: bool = False
-    api_version: int = API_VERSION
 
     def deviates(self, name: str, device: str | None) -> bool:
         """Whether the backend declares the deviation `name` on `device`."""
@@ -114,6 +115,8 @@ class Call:
         Name of the logical dtype of the weight (for ``"quantize"``, of the dense weight).
     x_dtype : str or None
         Name of x's dtype, for ``"dot"`` and ``"gather_dot"``.
+    out_dtype : str
+        Name of the result's dtype.
     device : str or None
         Device of x, or of the weight where there is no x; None where unknown.
     precision : {"default", "highest", "fast"}
@@ -126,6 +129,7 @@ class Call:
     transposed: bool
     dtype: str
     x_dtype: str | None
+    out_dtype: str
     device: str | None
     precision: Precision
     x_shape: tuple[int, ...] | None = None
@@ -135,10 +139,17 @@ class Call:
 class Backend:
     """The hooks. `backend_info`, `supports`, `quantize`, `dequantize` and `dot` are required, the rest optional.
 
-    What the core guarantees: shapes fit, dtypes are real floating, x and qw are of this backend's library, and
-    `supports` returned True. Arrays may be empty, strided, read-only or byte-swapped. What a backend guarantees:
-    results are the library's own arrays on the device of the operands, inputs are never written to, and errors obey
-    the bounds of :data:`Precision`.
+    What the core guarantees: shapes fit, x is float16, bfloat16, float32 or float64, all arrays are of this backend's
+    library and on one device, and `supports` returned True. Arrays may be empty, strided, unaligned, read-only or
+    byte-swapped; inside a trace they are tracers, whose values can't be read. `dtype`, where a hook has it, is the name
+    of the result's dtype: one of those four.
+
+    What a backend guarantees: results are the library's own arrays, on the device of the operands and in native byte
+    order; inputs are never written to; errors obey the bounds of :data:`Precision`; a float64 x is computed in float64
+    or refused by `supports`; the hooks may be called from several threads at once.
+
+    A weight's arrays are always in their stored order, groups along the last axis. Where ``qw.transposed``, the logical
+    weight, and so ``qw.shape``, is that with its last two axes swapped.
     """
 
     @hookspec
@@ -149,6 +160,9 @@ class Backend:
     def supports(self, op: str, call: Call) -> bool | str:  # type: ignore[empty-body]
         """Whether the backend computes this call: True, or the reason why not (a sentence for the user).
 
+        The answer is kept: it must depend on the arguments alone, and on shapes only with `shape_dependent` declared.
+        For ``"prepack"``, a layout of the backend's own means `canonical`.
+
         Parameters
         ----------
         op : {"quantize", "dequantize", "dot", "take", "gather_dot", "prepack"}
@@ -157,18 +171,21 @@ class Backend:
 
     @hookspec
     def quantize(self, w: Array, scheme: "Scheme") -> tuple[Array, Array, Array]:  # type: ignore[empty-body]
-        """Quantize along the last axis.
+        """Quantize along the last axis, by the encoder that plugins.md writes out.
 
         Parameters
         ----------
         w : array, shape (..., N, K), float16, bfloat16 or float32
-            All elements are finite. K need not be whole groups: then the last group is short.
+            All elements are finite, unless w is traced. K ≥ 1 need not be whole groups: then the last group is short,
+            and encoded as if its last element were repeated.
         scheme : Scheme
 
         Returns
         -------
         packed : array, shape scheme.packed_shape(w.shape), uint32
+            Each row one little-endian bitstream, spare bits zero.
         scales, biases : array, shape scheme.scales_shape(w.shape), w's dtype
+            Infinite ones, where w's dtype can't hold them, are reported by the core.
         """
 
     @hookspec
@@ -195,7 +212,8 @@ class Backend:
         ----------
         x : array, shape (..., M, K), or (K,) where `qw` has two axes
         qw : QuantizedTensor, shape (..., N, K)
-            Where ``qw.transposed``, the contracted axis is the ungrouped one.
+            Where ``qw.transposed``, the contracted axis is the ungrouped one: with S the stored, dense weight the
+            product is ``x @ S``, otherwise ``x @ matrix_transpose(S)``.
         dtype : str
             Name of the result's dtype.
         precision : {"default", "highest", "fast"}
@@ -243,7 +261,7 @@ class Backend:
         x : array, shape (..., M, K)
         qw : QuantizedTensor, shape (..., N, K)
         lhs_indices, rhs_indices : array of integers
-            Flat indices into the leading axes of x and of qw; they broadcast.
+            Flat indices into the leading axes of x and of qw; they broadcast. Negative ones count from the end.
             One out of range raises IndexError, or, in a library that computes lazily, gives NaN.
         dtype : str
         precision : {"default", "highest", "fast"}
@@ -257,7 +275,9 @@ class Backend:
     def prepack(self, qw: "QuantizedTensor") -> "QuantizedTensor":  # type: ignore[empty-body]
         """The weight in a layout of the backend's own (its name in ``.layout``), for speed.
 
-        The leading axes of ``packed`` stay those of the weight, and `canonical` undoes it exactly.
+        Scheme, dtype, `in_features` and orientation stay. ``packed`` may be of any dtype; its shape is
+        (..., N, anything), and row n of it, of scales and of biases holds row n of the weight alone, so that the tensor
+        can be indexed. `canonical` undoes it exactly.
         """
 
     @hookspec

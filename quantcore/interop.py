@@ -18,6 +18,16 @@ def _numpy_dot(a: Any, b: Any) -> Any:
     return ops.matmul(a, b)
 
 
+def _numpy_take(a: Any, indices: Any, axis: int | None = None) -> Any:
+    if axis is None:
+        raise ValueError("numpy.take of a QuantizedTensor needs an axis; call .dequantize() to take from it flattened")
+    return ops.take(a, indices, axis=axis)
+
+
+def _numpy_tensordot(a: Any, b: Any, axes: Any = 2) -> Any:
+    return ops.tensordot(a, b, axes=axes)
+
+
 def _matrix_transpose(x: QuantizedTensor, /) -> QuantizedTensor:
     return x.mT
 
@@ -43,8 +53,8 @@ _NUMPY: Final[Mapping[str, Callable[..., Any]]] = {
     "dot": _numpy_dot,
     "matmul": ops.matmul,
     "matrix_transpose": _matrix_transpose,
-    "take": ops.take,
-    "tensordot": ops.tensordot,
+    "take": _numpy_take,
+    "tensordot": _numpy_tensordot,
 }
 
 _TORCH: Final[Mapping[str, Callable[..., Any]]] = {

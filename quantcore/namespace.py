@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import wraps
+from types import ModuleType
 from typing import Any, Final
 
 from quantcore import arrays, ops
@@ -62,6 +63,8 @@ class Namespace:
         found = getattr(self._wrapped, name)
         if name in _QUANTIZED:
             return _either(name, found, _QUANTIZED[name])
+        if isinstance(found, ModuleType):
+            return Namespace(found)  # fft and the like
         if name.startswith("_") or isinstance(found, type) or not callable(found):
             return found
         return _guarded(f"{self._wrapped.__name__}.{name}", found)

@@ -5,8 +5,9 @@ An operand may always be dense as well, so that code is written once for quantiz
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
+import array_api_compat
 import numpy as np
 
 from quantcore import arrays, dispatch, registry
@@ -42,7 +43,8 @@ def dequantize(qw: Any, /, *, dtype: Any = None, backend: str | None = None) -> 
             raise TypeError(f"dequantize: takes a QuantizedTensor or an array, not {type(qw).__name__}")
         return qw if name is None else _cast(qw, name)
     base = qw.mT if qw.transposed else qw
-    dense = dispatch.weight_route("dequantize", base, backend).function(base, name or qw.dtype_name)
+    function, name, _ = dispatch.weight_route("dequantize", base, name, backend)
+    dense = function(base, name)
     return arrays.plain_namespace(dense).matrix_transpose(dense) if qw.transposed else dense
 
 
@@ -216,7 +218,11 @@ def take(qw: Any, indices: Any, /, axis: int = 0, *, out_dtype: Any = None, back
     base = qw.mT if qw.transposed else qw
     from_last = qw.transposed and axis == qw.ndim - 1
     axis -= from_last
-    rows = dispatch.weight_route("take", base, backend).function(base, where, axis, name or qw.dtype_name)
+    function, name, _ = dispatch.weight_route("take", base, name, backend)
+    try:
+        rows = function(base, where, axis, name)
+    except IndexError as error:
+        raise IndexError(f"take: {error} (weight {qw.shape}, {qw.scheme})") from None
     return _orient_taken(rows, axis, from_last, xp) if qw.transposed else rows
 
 
@@ -253,6 +259,11 @@ def gather_dot(
     IndexError
         If an index is out of range; NaN instead in libraries that compute lazily, as for :func:`take`.
     """
+    if isinstance(x, QuantizedTensor):
+        raise TypeError(
+            f"gather_dot: x is quantized ({x.scheme}, shape {x.shape}), but only the second operand may be; call "
+            ".dequantize() first"
+        )
     _check_operand("gather_dot", x)
     if len(x.shape) < 2:
         raise ValueError(f"gather_dot: x needs at least 2 axes, not shape {tuple(x.shape)}; add an axis of length 1")
@@ -271,8 +282,11 @@ def gather_dot(
         ) from None
     if not isinstance(qw, QuantizedTensor):
         return _dense_gather(x, qw, lhs, rhs, {"out_dtype": out_dtype, "precision": precision, "backend": backend})
-    function, dtype, precision = dispatch.product_route("gather_dot", x, qw, out_dtype, precision, backend)
-    return function(x, qw, lhs, rhs, dtype, precision)
+    function, dtype, precision = dispatch.product_route("gather_dot", x, x.shape, qw, out_dtype, precision, backend)
+    try:
+        return function(x, qw, lhs, rhs, dtype, precision)
+    except IndexError as error:
+        raise IndexError(f"gather_dot: {error} (x {tuple(x.shape)}, weight {qw.shape}, {qw.scheme})") from None
 
 
 def prepack(qw: QuantizedTensor, /, backend: str | None = None) -> QuantizedTensor:
@@ -284,10 +298,13 @@ def prepack(qw: QuantizedTensor, /, backend: str | None = None) -> QuantizedTens
         raise TypeError(f"prepack: takes a QuantizedTensor, not {type(qw).__name__}")
     if qw.layout != "row":
         return qw
-    request = dispatch.weight_request("prepack", qw)
+    base = qw.mT if qw.transposed else qw
+    request, whole = dispatch.weight_request("prepack", qw), dispatch.weight_request("dequantize", base)
     for candidate in dispatch.candidates(request, backend, registry.snapshot()):
         if not dispatch.weigh(candidate, request):
             return candidate.hook("prepack")(qw)  # type: ignore[no-any-return]
+        if not dispatch.weigh(candidate, whole):
+            break  # it computes with the tensor as it is; a layout would hand the tensor to another backend
     return qw
 
 
@@ -308,9 +325,10 @@ def _dot(op: str, x: Any, w: Any, out_dtype: Any, precision: Any, backend: Any) 
     """``matmul(x, w.mT)``, with little between the caller and the kernel in the common case: a 2-D weight."""
     if type(w) is QuantizedTensor and type(x) is not QuantizedTensor:
         x_shape = getattr(x, "shape", None)
-        w_shape = w.packed.shape
-        if x_shape and len(w_shape) == 2 and x_shape[-1] == (w_shape[0] if w.annotation.transposed else w.in_features):
-            function, dtype, precision = dispatch.product_route("dot", x, w, out_dtype, precision, backend)
+        packed = w.packed
+        contracted = packed.shape[0] if w.annotation.transposed else w.in_features
+        if x_shape and packed.ndim == 2 and x_shape[-1] == contracted:
+            function, dtype, precision = dispatch.product_route("dot", x, x_shape, w, out_dtype, precision, backend)
             return function(x, w, dtype, precision)
     return _product(op, x, w, {"out_dtype": out_dtype, "precision": precision, "backend": backend})
 
@@ -339,7 +357,7 @@ def _right_product(op: str, x: Any, w: QuantizedTensor, options: dict[str, Any],
         raise ValueError(
             f"{op}: leading axes of x {tuple(x.shape)} and weight {w.shape} ({w.scheme}) don't broadcast"
         ) from None
-    function, dtype, precision = dispatch.product_route("dot", x, w, **options)
+    function, dtype, precision = dispatch.product_route("dot", x, x.shape, w, **options)
     return function(x, w, dtype, precision)
 
 
@@ -362,17 +380,13 @@ def _contract(x: Any, w: QuantizedTensor, plan: Contraction, options: dict[str, 
     if not summed:
         product = _right_product("tensordot", operand, w, options)
     else:
-        name = _product_dtype("tensordot", operand, w, options)
+        name = dispatch.product_dtype("tensordot", dtype_name(x.dtype), w.dtype_name, options["out_dtype"])
         wide = "float64" if name == "float64" else "float32"
         product = _right_product("tensordot", operand, w, {**options, "out_dtype": wide})
         product = _cast(xp.sum(product, axis=tuple(range(len(summed)))), name)
     kept_lengths = tuple(product.shape[:-2])
     product = xp.permute_dims(product, (len(kept), *range(len(kept)), len(kept) + 1))
     return xp.reshape(product, (*(x.shape[i] for i in plan.x_free), *kept_lengths, product.shape[-1]))
-
-
-def _product_dtype(op: str, x: Any, w: QuantizedTensor, options: dict[str, Any]) -> str:
-    return dispatch.product_dtype(op, dispatch.product_request("dot", x, w, options["precision"]), options["out_dtype"])
 
 
 def _permuted(w: QuantizedTensor, order: tuple[int, ...], xp: Any) -> QuantizedTensor:
@@ -390,6 +404,9 @@ def _one_quantized(x: Any, w: Any) -> tuple[Any, Any]:
 
 # --- dense operands -------------------------------------------------------------------------------------------
 
+_UNCHECKED: Final = ("mlx",)
+"""Libraries whose ``take`` checks no index, and reads past the end of the array."""
+
 
 def _dense_operands(op: str, x: Any, w: Any, options: dict[str, Any]) -> tuple[Any, Any, Any, str]:
     """Namespace, both operands in the dtype to compute in, and the name of the result's dtype."""
@@ -398,6 +415,9 @@ def _dense_operands(op: str, x: Any, w: Any, options: dict[str, Any]) -> tuple[A
             f"{op}: x is a {arrays.library_of(x)} array and w a {arrays.library_of(w)} array; nothing moves between "
             "libraries by itself: use quantcore.to_library(array, library)"
         )
+    x_device, w_device = arrays.device_of(x), arrays.device_of(w)
+    if x_device != w_device and None not in (x_device, w_device):
+        raise TypeError(f"{op}: x is on {x_device} and w on {w_device}; nothing moves between devices by itself")
     names = [_floating(op, "an operand's dtype", operand.dtype) for operand in (x, w)]
     dispatch.precision_in_force(options["precision"])
     name = result_dtype(*names)
@@ -419,16 +439,28 @@ def _dense_matmul(op: str, x: Any, w: Any, options: dict[str, Any]) -> Any:
 
 
 def _dense_take(w: Any, indices: Any, axis: int, xp: Any) -> Any:
+    shape = (*w.shape[:axis], *indices.shape, *w.shape[axis + 1 :])
     flat = xp.reshape(indices, (-1,))
-    rows = xp.take(w, flat, axis=axis)
-    return xp.reshape(rows, (*w.shape[:axis], *indices.shape, *w.shape[axis + 1 :]))
+    if arrays.library_of(w) not in _UNCHECKED:
+        return xp.reshape(xp.take(w, flat, axis=axis), shape)
+    length = w.shape[axis]
+    nothing = xp.asarray(float("nan") if dtype_name(w.dtype) in REAL_FLOATING else 0, dtype=w.dtype)
+    if length == 0:
+        return xp.broadcast_to(nothing, shape)
+    flat = xp.astype(flat, native_dtype("int64", w))
+    inside = xp.logical_and(flat >= -length, flat < length)
+    rows = xp.take(w, xp.where(inside, flat % length, 0), axis=axis)
+    mask = xp.reshape(inside, (*(1,) * axis, -1, *(1,) * (len(w.shape) - axis - 1)))
+    return xp.reshape(xp.where(mask, rows, nothing), shape)
 
 
 def _dense_gather(x: Any, w: Any, lhs: Any, rhs: Any, options: dict[str, Any]) -> Any:
     xp = arrays.plain_namespace(x)
     lhs, rhs = xp.broadcast_arrays(lhs, rhs)
-    left = xp.take(xp.reshape(x, (-1, *x.shape[-2:])), xp.reshape(lhs, (-1,)), axis=0)
-    right = xp.take(xp.reshape(w, (-1, *w.shape[-2:])), xp.reshape(rhs, (-1,)), axis=0)
+    left, right = (
+        _dense_take(xp.reshape(stack, (math.prod(stack.shape[:-2]), *stack.shape[-2:])), which, 0, xp)
+        for stack, which in ((x, xp.reshape(lhs, (-1,))), (w, xp.reshape(rhs, (-1,))))
+    )
     product = _dense_matmul("gather_dot", left, _swapped(right), options)
     return xp.reshape(product, (*lhs.shape, *product.shape[-2:]))
 
@@ -497,14 +529,27 @@ def _indices(op: str, indices: Any, length: int, like: Any) -> tuple[Any, Any]:
         _check_integer(op, known)
         if known.size and not (-length <= int(known.min()) and int(known.max()) < length):
             raise IndexError(f"{op}: indices from {known.min()} to {known.max()} are out of range for length {length}")
-        return xp, xp.asarray(known.astype(np.int64))
+        return xp, _constant(xp, known.astype(np.int64), like)
     if arrays.library_of(indices) != arrays.library_of(like):
         raise TypeError(
             f"{op}: the indices are a {arrays.library_of(indices)} array and the weight is in "
             f"{arrays.library_of(like)}; use quantcore.to_library(indices, {arrays.library_of(like)!r})"
         )
+    ours, theirs = arrays.device_of(like), arrays.device_of(indices)
+    if ours != theirs and None not in (ours, theirs):
+        raise TypeError(
+            f"{op}: the indices are on {theirs} and the weight on {ours}; nothing moves between devices by itself: use "
+            f"quantcore.to_library(indices, {arrays.library_of(like)!r}, qw.device)"
+        )
     _check_integer(op, indices)
     return xp, indices
+
+
+def _constant(xp: Any, values: np.ndarray[Any, Any], like: Any) -> Any:
+    """`values` in the library and on the device of `like`."""
+    if hasattr(like, "device"):
+        return xp.asarray(values, device=array_api_compat.device(like))
+    return xp.asarray(values)
 
 
 def _check_integer(op: str, indices: Any) -> None:
@@ -516,8 +561,7 @@ def _check_integer(op: str, indices: Any) -> None:
 def _flat_indices(op: str, indices: Any, shape: tuple[int, ...], like: Any) -> Any:
     count = math.prod(shape)
     if indices is None:
-        indices = np.arange(count).reshape(shape)
-        return arrays.plain_namespace(like).asarray(indices)
+        return _constant(arrays.plain_namespace(like), np.arange(count).reshape(shape), like)
     return _indices(op, indices, count, like)[1]
 
 

@@ -206,14 +206,14 @@ def refresh() -> None:
         _reload()
 
 
-def find(name: str) -> LoadedBackend:
-    """The READY backend of that name, with its framework imported.
+def find(name: str, now: Snapshot | None = None) -> LoadedBackend:
+    """The READY backend of that name, with its framework imported; of the snapshot `now`, or of the current one.
 
     Raises
     ------
     BackendNotFoundError, BackendUnavailableError
     """
-    now = snapshot()
+    now = snapshot() if now is None else now
     for backend in now.ready:
         if backend.name == name:
             activate(backend)
@@ -292,8 +292,11 @@ def _reload() -> None:
         for backend in _registered.values():
             _add(records, ready, _record(backend, "register()"), backend)
         disabled = _disabled()
-        for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: (e.name, e.value)):
+        entries = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: (e.name, e.value))
+        for entry in entries:
             if entry.name in disabled:
+                if entry.name in records:
+                    continue  # registered by hand under that name
                 record = BackendRecord(
                     entry.name, State.DISABLED, reason="named in QUANTCORE_DISABLE", origin=_origin(entry)
                 )
@@ -312,6 +315,11 @@ def _load(entry: "EntryPoint", records: Mapping[str, BackendRecord]) -> tuple[Ba
     try:
         loaded = entry.load()
         backend = validate(loaded() if isinstance(loaded, type) else loaded)
+        if backend.name != entry.name:
+            raise PluginValidationError(
+                f"its entry point is named {entry.name!r}, its backend_info says {backend.name!r}; they must agree, "
+                "since QUANTCORE_DISABLE goes by the entry point"
+            )
         if backend.name in records:
             raise PluginValidationError(
                 f"its name {backend.name!r} is taken by {records[backend.name].origin}; one of them must go"

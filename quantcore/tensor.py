@@ -254,7 +254,8 @@ class QuantizedTensor:
     def __getitem__(self, index: Any) -> "QuantizedTensor":
         """Index batch axes with ints and slices, and slice the ungrouped one of the last two axes."""
         base = _base_index(index, self.shape, self.transposed)
-        return self._with(leaves=tuple(leaf[base] for leaf in self._leaves()))
+        stored = self.canonical()  # a backend's own layout may interleave rows
+        return stored._with(leaves=tuple(leaf[base] for leaf in stored._leaves()))
 
     # --- leaves -----------------------------------------------------------------------------------------------
 
@@ -324,6 +325,11 @@ class QuantizedTensor:
         return interop.torch_function(func, args, kwargs or {})
 
     # --- what it is not ---------------------------------------------------------------------------------------
+
+    def __eq__(self, other: object) -> bool:
+        return self is other  # not NotImplemented, which would hand the question to the array on the other side
+
+    __hash__ = object.__hash__
 
     def __setattr__(self, name: str, value: Any) -> NoReturn:
         raise AttributeError(f"a QuantizedTensor is immutable; can't set {name}")

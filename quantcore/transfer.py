@@ -36,6 +36,8 @@ def to_library(array: Any, library: str, device: Any = None) -> Any:
     """
     if not isinstance(library, str):
         raise TypeError(f"library must be a name like 'numpy', not {type(library).__name__}")
+    if not arrays.is_array(array):
+        raise TypeError(f"to_library: takes an array, not {type(array).__name__}")
     if arrays.library_of(array) == library and device is None:
         return array
     return _from_numpy(_to_numpy(array), library, device)
@@ -72,7 +74,7 @@ def _generic_from_numpy(array: np.ndarray[Any, Any], library: str, device: Any) 
     try:
         module = importlib.import_module(library)
         namespace = array_api_compat.array_namespace(module.asarray(0.0))
-    except (ImportError, AttributeError, TypeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         known = sorted({r.library for r in registry.backends()} - {"*", ""})
         raise BackendNotFoundError(
             f"can't move to {library!r}: no backend is for that library, and it isn't an importable array-API "

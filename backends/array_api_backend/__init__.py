@@ -17,12 +17,16 @@ class ArrayAPIBackend:
     @hookimpl
     def backend_info(self) -> BackendInfo:
         """Describe the backend."""
-        return BackendInfo(name="array_api", library="*", priority=-1000)
+        return BackendInfo(api_version=1, name="array_api", library="*", priority=-1000)
 
     @hookimpl
     def supports(self, op: str, call: Call) -> bool | str:
-        """Everything in the canonical layout."""
-        return True if call.layout == "row" else f"knows the layout 'row' only, not {call.layout!r}"
+        """Everything in the canonical layout, as far as the device has the dtype to compute in."""
+        if call.layout != "row":
+            return f"knows the layout 'row' only, not {call.layout!r}"
+        if call.device == "gpu" and call.precision == "highest" and call.scheme.group_size is None:
+            return "needs float64 for precision 'highest' with one group per row, which MLX's GPU lacks"
+        return True
 
     @hookimpl
     def quantize(self, w: Array, scheme: Scheme) -> tuple[Array, Array, Array]:
@@ -37,7 +41,7 @@ class ArrayAPIBackend:
     @hookimpl
     def dot(self, x: Array, qw: QuantizedTensor, dtype: str, precision: str) -> Array:
         """Product, a tile of the weight at a time."""
-        return products.dot(x, qw, dtype)
+        return products.dot(x, qw, dtype, exact=precision == "highest")
 
     @hookimpl
     def take(self, qw: QuantizedTensor, indices: Array, axis: int, dtype: str) -> Array:
@@ -56,8 +60,10 @@ class ArrayAPIBackend:
         lhs, left_inside = indexing.normalized(lhs_indices, math.prod(x.shape[:-2]))
         leaves, rebuild = qw.flatten()
         chosen = rebuild([indexing.take(indexing.flat_stack(leaf), rhs, 0) for leaf in leaves])
-        product = products.dot(indexing.take(indexing.flat_stack(x), lhs, 0), chosen, dtype)
-        return indexing.nan_outside(indexing.nan_outside(product, right_inside, 0), left_inside, 0)
+        operand = indexing.take(indexing.flat_stack(x), lhs, 0)
+        product = products.dot(operand, chosen, dtype, exact=precision == "highest")
+        inside = left_inside if right_inside is None else right_inside & left_inside
+        return indexing.nan_outside(product, inside, 0)
 
 
 backend = ArrayAPIBackend()

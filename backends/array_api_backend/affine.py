@@ -117,12 +117,15 @@ def decode(packed: Array, scales: Array, biases: Array, scheme: Scheme, in_featu
     return xp.reshape(dense, (*leading, in_features))
 
 
-def decode_block(packed: Array, scales: Array, biases: Array, scheme: Scheme, start: int, stop: int) -> Array:
-    """Columns `start` to `stop` in float32; `start` is a multiple of 256."""
+def decode_block(
+    packed: Array, scales: Array, biases: Array, scheme: Scheme, start: int, stop: int, dtype: Any = None
+) -> Array:
+    """Columns `start` to `stop` in float32, or in float64 if that is the dtype; `start` is a multiple of 256."""
     xp = array_namespace(packed)
+    dtype = xp.float32 if dtype is None else dtype
     words = packed[..., start * scheme.bits // 32 : -(-stop * scheme.bits // 32)]
-    codes = xp.astype(unpack(words, scheme.bits, stop - start), xp.float32)
-    scale, bias = xp.astype(scales, xp.float32), xp.astype(biases, xp.float32)
+    codes = xp.astype(unpack(words, scheme.bits, stop - start), dtype)
+    scale, bias = xp.astype(scales, dtype), xp.astype(biases, dtype)
     if scheme.group_size is not None:
         where = constant(np.arange(start, stop, dtype=np.int64) // scheme.group_size, packed)
         scale, bias = xp.take(scale, where, axis=-1), xp.take(bias, where, axis=-1)

@@ -13,6 +13,8 @@ __all__ = ["TILE", "decode", "decode_block", "encode"]
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
+FLOAT32 = np.dtype(np.float32)
+
 TILE = 1 << 20
 """Elements that are dense at one time."""
 
@@ -95,7 +97,7 @@ def decode(
     """
     leading = packed.shape[:-1]
     packed, scales, biases = (part.reshape(-1, part.shape[-1]) for part in (packed, scales, biases))
-    if dtype == np.float32 and compiled.available():
+    if dtype == FLOAT32 and compiled.available():
         dense = compiled.decode_block(packed, scales, biases, scheme, 0, in_features)
         return dense.reshape(*leading, in_features)
     dense = np.empty((packed.shape[0], in_features), dtype)
@@ -109,19 +111,27 @@ def decode(
     return dense.reshape(*leading, in_features)
 
 
-def decode_block(packed: Array, scales: Array, biases: Array, scheme: Scheme, start: int, stop: int) -> Array:
-    """Columns `start` to `stop` of rows, in float32; `start` is a multiple of `column_step`."""
-    if compiled.available():
+def decode_block(
+    packed: Array,
+    scales: Array,
+    biases: Array,
+    scheme: Scheme,
+    start: int,
+    stop: int,
+    dtype: np.dtype[Any] = FLOAT32,
+) -> Array:
+    """Columns `start` to `stop` of rows, in float32 or float64; `start` is a multiple of `column_step`."""
+    if dtype == FLOAT32 and compiled.available():
         return compiled.decode_block(packed, scales, biases, scheme, start, stop)
     words = slice(start * scheme.bits // 32, -(-stop * scheme.bits // 32))
     codes = unpack(packed[:, words], scheme.bits, stop - start)
-    dense = codes.astype(np.float32)
+    dense = codes.astype(dtype)
     group = scheme.group_size
     if group is None:
-        spread = (scales.astype(np.float32), biases.astype(np.float32))
+        spread = (scales.astype(dtype), biases.astype(dtype))
         return _affine(dense, *spread)
     groups = slice(start // group, -(-stop // group))
-    scale, bias = scales[:, groups].astype(np.float32), biases[:, groups].astype(np.float32)
+    scale, bias = scales[:, groups].astype(dtype), biases[:, groups].astype(dtype)
     whole = (stop - start) // group * group
     _affine(
         dense[:, :whole].reshape(dense.shape[0], -1, group),
@@ -134,7 +144,7 @@ def decode_block(packed: Array, scales: Array, biases: Array, scheme: Scheme, st
 
 
 def _affine(codes: Array, scale: Array, bias: Array) -> Array:
-    """In place: float32 product, then float32 sum, as the contract has it."""
+    """In place: the product, then the sum, each rounded, as the contract has it."""
     with np.errstate(over="ignore", invalid="ignore"):
         codes *= scale
         codes += bias

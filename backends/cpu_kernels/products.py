@@ -5,24 +5,26 @@ Peak memory beyond the result and one float copy of x stays under 64 MiB whateve
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from quantcore import QuantizedTensor, Scheme
+from quantcore import QuantizedTensor
 from quantcore_backends.cpu_kernels import compiled
-from quantcore_backends.cpu_kernels.affine import TILE, column_step, decode_block
+from quantcore_backends.cpu_kernels.affine import FLOAT32, TILE, column_step, decode_block
 
 __all__ = ["dot", "gather_dot"]
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
+_FLOAT64 = np.dtype(np.float64)
 _ROWS_OF_X = 2048
 _SIDE = 1024
 """With `_ROWS_OF_X`, what bounds a partial product: 8 MiB in float32."""
 
 
-def dot(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any]) -> Array:
+def dot(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any], *, exact: bool = False) -> Array:
     """``matmul(x, matrix_transpose(qw))``, accumulated in float32, or float64 for a float64 x.
 
     Parameters
@@ -31,23 +33,27 @@ def dot(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any]) -> Array:
     qw : QuantizedTensor, shape (..., N, K)
     dtype : numpy.dtype
         Of the result.
+    exact : bool
+        Whether the error must stay below 1e-12 whatever x is. Where a whole row is one group, its weights are of few
+        values whose roundings to float32 add up if x has an offset: then the product is in float64.
 
     Returns
     -------
     array, shape (..., M, N), or (N,)
     """
-    work = np.dtype(np.float64) if x.dtype == np.float64 or dtype == np.float64 else np.dtype(np.float32)
+    plan = _Plan.of(x, qw, dtype, exact)
     out_features, contracted = qw.shape[-2:]
     stack = qw.shape[:-2]
     if math.prod(stack) == 1:
         batch = np.broadcast_shapes(x.shape[:-2], stack) if stack else x.shape[:-1]
-        rows = np.ascontiguousarray(x, work).reshape(math.prod(x.shape[:-1]), contracted)
-        result = _matrix(rows, _leaves(qw, 1), qw, out_features, dtype)
+        rows = np.ascontiguousarray(x, plan.work).reshape(math.prod(x.shape[:-1]), contracted)
+        result = _matrix(rows, _leaves(qw, 1), plan)
         return result.reshape((*batch, x.shape[-2], out_features) if stack else (*batch, out_features))
-    return _stacked(np.asarray(x, work), qw, dtype)
+    return _stacked(np.asarray(x, plan.work), plan)
 
 
-def _stacked(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any]) -> Array:
+def _stacked(x: Array, plan: "_Plan") -> Array:
+    qw, dtype = plan.qw, plan.dtype
     stack, (out_features, contracted) = qw.shape[:-2], qw.shape[-2:]
     batch = np.broadcast_shapes(x.shape[:-2], stack)
     rows = x.shape[-2]
@@ -57,11 +63,13 @@ def _stacked(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any]) -> Array:
     leaves = _leaves(qw, math.prod(stack))
     for position in np.ndindex(batch):
         chosen = tuple(leaf[which[position]] for leaf in leaves)
-        result[position] = _matrix(np.ascontiguousarray(x[position]), chosen, qw, out_features, dtype)
+        result[position] = _matrix(np.ascontiguousarray(x[position]), chosen, plan)
     return result
 
 
-def gather_dot(x: Array, qw: QuantizedTensor, lhs: Array, rhs: Array, dtype: np.dtype[Any]) -> Array:
+def gather_dot(
+    x: Array, qw: QuantizedTensor, lhs: Array, rhs: Array, dtype: np.dtype[Any], *, exact: bool = False
+) -> Array:
     """Products of matrix ``lhs[i]`` of x with weight ``rhs[i]`` of the stack, each weight unpacked once.
 
     Parameters
@@ -71,12 +79,14 @@ def gather_dot(x: Array, qw: QuantizedTensor, lhs: Array, rhs: Array, dtype: np.
     lhs, rhs : array of integers
         Flat indices; they broadcast.
     dtype : numpy.dtype
+    exact : bool
+        As in :func:`dot`.
 
     Returns
     -------
     array, shape broadcast(lhs, rhs).shape + (M, N)
     """
-    work = np.dtype(np.float64) if x.dtype == np.float64 or dtype == np.float64 else np.dtype(np.float32)
+    plan = _Plan.of(x, qw, dtype, exact)
     out_features, contracted = qw.shape[-2:]
     rows = x.shape[-2]
     lhs, rhs = np.broadcast_arrays(lhs, rhs)
@@ -88,9 +98,10 @@ def gather_dot(x: Array, qw: QuantizedTensor, lhs: Array, rhs: Array, dtype: np.
     result = np.empty((left.size, rows, out_features), dtype)
     for weight in np.unique(right):
         places = np.flatnonzero(right == weight)
-        operand = np.ascontiguousarray(flat[left[places]], work).reshape(places.size * rows, contracted)
+        operand = np.ascontiguousarray(flat[left[places]], plan.work).reshape(places.size * rows, contracted)
         chosen = tuple(leaf[weight] for leaf in leaves)
-        result[places] = _matrix(operand, chosen, qw, out_features, dtype).reshape(places.size, rows, out_features)
+        product = _matrix(operand, chosen, plan)
+        result[places] = product.reshape(places.size, rows, out_features)
     return result.reshape(*lhs.shape, rows, out_features)
 
 
@@ -108,42 +119,68 @@ def _leaves(qw: QuantizedTensor, stacked: int) -> tuple[Array, ...]:
     return tuple(leaf.reshape(*shape, *leaf.shape[-2:]) for leaf in (qw.packed, qw.scales, qw.biases))
 
 
-def _matrix(x: Array, leaves: tuple[Array, ...], qw: QuantizedTensor, out_features: int, dtype: np.dtype[Any]) -> Array:
-    result = np.empty((x.shape[0], out_features), dtype)
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A product's weight, and the dtypes of its result, its sums, and its tiles of the weight."""
+
+    qw: QuantizedTensor
+    dtype: np.dtype[Any]
+    work: np.dtype[Any]
+    tile: np.dtype[Any]
+
+    @classmethod
+    def of(cls, x: Array, qw: QuantizedTensor, dtype: np.dtype[Any], exact: bool) -> "_Plan":
+        unrounded = exact and qw.scheme.group_size is None
+        wide = unrounded or np.float64 in (x.dtype, dtype)
+        return cls(qw, dtype, np.dtype(np.float64 if wide else np.float32), _FLOAT64 if unrounded else FLOAT32)
+
+
+def _matrix(x: Array, leaves: tuple[Array, ...], plan: _Plan) -> Array:
+    qw, dtype = plan.qw, plan.dtype
+    if not qw.transposed and _few(x):
+        product = compiled.few_rows(np.ascontiguousarray(x), *leaves, qw.scheme)
+        if np.isfinite(product).all():
+            with np.errstate(over="ignore"):
+                return product.astype(dtype, order="C", copy=False)
+        # the kernel gives NaN where the float product is infinite
+    result = np.empty((x.shape[0], qw.shape[-2]), dtype)
     along = _against_rows if qw.transposed else _against_groups
     with np.errstate(over="ignore", invalid="ignore"):
         for start in range(0, x.shape[0], _ROWS_OF_X):
             part = slice(start, start + _ROWS_OF_X)
-            along(x[part], leaves, qw.scheme, qw.in_features, result[part])
+            along(x[part], leaves, plan, result[part])
     return result
 
 
-def _against_groups(x: Array, leaves: tuple[Array, ...], scheme: Scheme, in_features: int, out: Array) -> None:
+def _few(x: Array) -> bool:
+    return 0 < x.shape[0] <= compiled.FEW_ROWS and x.dtype == np.float32 and compiled.available()
+
+
+def _against_groups(x: Array, leaves: tuple[Array, ...], plan: _Plan, out: Array) -> None:
     """Out = x @ w.T, contracted along the grouped axis."""
     packed, scales, biases = leaves
-    if 0 < x.shape[0] <= compiled.FEW_ROWS and x.dtype == np.float32 and compiled.available():
-        out[...] = compiled.few_rows(np.ascontiguousarray(x), packed, scales, biases, scheme)
-        return
+    scheme, in_features = plan.qw.scheme, plan.qw.in_features
     width = column_step(scheme, in_features)
     for rows in _tiles(packed.shape[0], width):
         total: Array | None = None
         for start in range(0, in_features, width):
             stop = min(start + width, in_features)
-            tile = decode_block(packed[rows], scales[rows], biases[rows], scheme, start, stop)
+            tile = decode_block(packed[rows], scales[rows], biases[rows], scheme, start, stop, plan.tile)
             part = x[:, start:stop] @ tile.T.astype(x.dtype, copy=False)
             total = part if total is None else np.add(total, part, out=total)
         out[:, rows] = total
 
 
-def _against_rows(x: Array, leaves: tuple[Array, ...], scheme: Scheme, in_features: int, out: Array) -> None:
+def _against_rows(x: Array, leaves: tuple[Array, ...], plan: _Plan, out: Array) -> None:
     """Out = x @ w, contracted along the rows of w."""
     packed, scales, biases = leaves
+    scheme, in_features = plan.qw.scheme, plan.qw.in_features
     width = min(column_step(scheme, in_features), _SIDE)
     for start in range(0, in_features, width):
         stop = min(start + width, in_features)
         total = np.zeros((x.shape[0], stop - start), x.dtype)
         for rows in _tiles(packed.shape[0], width):
-            tile = decode_block(packed[rows], scales[rows], biases[rows], scheme, start, stop)
+            tile = decode_block(packed[rows], scales[rows], biases[rows], scheme, start, stop, plan.tile)
             total += x[:, rows] @ tile.astype(x.dtype, copy=False)
         out[:, start:stop] = total
 

@@ -19,6 +19,7 @@ __all__ = [
     "float_at",
     "fma",
     "load",
+    "minus",
     "scale_at",
     "scaled",
     "splat",
@@ -147,6 +148,16 @@ def total(typing: Any, vector: Any) -> Any:
         return builder.call(add, [ir.Constant(_FLOAT, 0.0), args[0]], fastmath=("reassoc",))
 
     return types.float32(floats), generate
+
+
+@intrinsic
+def minus(typing: Any, x: Any, y: Any) -> Any:
+    """``x - y``."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fsub(args[0], args[1])
+
+    return floats(floats, floats), generate
 
 
 @intrinsic(prefer_literal=True)

@@ -30,6 +30,7 @@ class MLXBackend:
     def backend_info(self) -> BackendInfo:
         """Describe the backend."""
         return BackendInfo(
+            api_version=1,
             name="mlx",
             library="mlx",
             array_types=("mlx.core:array",),
@@ -62,6 +63,8 @@ class MLXBackend:
             return f"MLX's kernels take whole groups, not {in_features} features in groups of {group}"
         if call.x_dtype == "float64":
             return "MLX's kernels refuse float64"
+        if call.scheme.bits == 1 and call.device == "gpu" and _on_cuda():
+            return "MLX's CUDA kernels give NaN for 1 bit, or refuse it"
         if op in ("dot", "gather_dot"):
             return _supports_product(call, call.w_shape[-1])
         return True
@@ -158,7 +161,9 @@ class MLXBackend:
         if device is not None and str(device) not in ("cpu", "gpu", str(mx.default_device())):
             raise ValueError(f"MLX arrays live in unified memory; the device can't be {device!r}")
         if array.dtype.name == "bfloat16":
-            return _shared(mx, array.view(np.uint16)).view(mx.bfloat16)
+            made = _shared(mx, array.view(np.uint16)).view(mx.bfloat16)
+            _evaluate(mx, made)
+            return made
         return _shared(mx, array)
 
     @hookimpl
@@ -170,6 +175,12 @@ class MLXBackend:
         if array.dtype == mx.bfloat16:
             return np.asarray(array.view(mx.uint16)).view(ml_dtypes.bfloat16)
         return np.asarray(array)
+
+
+def _on_cuda() -> bool:
+    import mlx.core as mx
+
+    return bool(mx.cuda.is_available())
 
 
 def _supports_product(call: Call, contracted: int) -> bool | str:
@@ -197,6 +208,8 @@ def _dense(qw: QuantizedTensor, packed: Array, scales: Array, biases: Array, dty
     shape = (*packed.shape[:-1], qw.in_features)
     if packed.size == 0:
         return mx.zeros(shape, dtype=getattr(mx, dtype))  # mx.dequantize can't reshape an empty array
+    if packed.ndim == 1:
+        return _dense(qw, packed[None], scales[None], biases[None], dtype)[0]
     dense = mx.dequantize(
         packed,
         scales.astype(mx.float32),
@@ -225,6 +238,8 @@ def _nan(mx: Any, like: Array) -> Array:
 
 def _shared(mx: Any, array: np.ndarray[Any, Any]) -> Array:
     native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if native.dtype == np.float64:
+        return mx.array(native, dtype=mx.float64)  # from_dlpack and a bare array() make it float32
     try:
         return mx.from_dlpack(native)
     except (AttributeError, BufferError, TypeError, ValueError, RuntimeError):

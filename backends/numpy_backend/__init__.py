@@ -19,7 +19,7 @@ class NumPyBackend:
     @hookimpl
     def backend_info(self) -> BackendInfo:
         """Describe the backend."""
-        return BackendInfo(name="numpy", library="numpy", array_types=("numpy:ndarray",), priority=0)
+        return BackendInfo(api_version=1, name="numpy", library="numpy", array_types=("numpy:ndarray",), priority=0)
 
     @hookimpl
     def supports(self, op: str, call: Call) -> bool | str:
@@ -39,7 +39,7 @@ class NumPyBackend:
     @hookimpl
     def dot(self, x: Array, qw: QuantizedTensor, dtype: str, precision: str) -> Array:
         """Product, a tile of the weight at a time."""
-        return cpu_kernels.dot(x, qw, numpy_dtype(dtype))
+        return cpu_kernels.dot(x, qw, numpy_dtype(dtype), exact=precision == "highest")
 
     @hookimpl
     def take(self, qw: QuantizedTensor, indices: Array, axis: int, dtype: str) -> Array:
@@ -52,7 +52,8 @@ class NumPyBackend:
         self, x: Array, qw: QuantizedTensor, lhs_indices: Array, rhs_indices: Array, dtype: str, precision: str
     ) -> Array:
         """Products grouped by weight, so that each is unpacked once."""
-        return cpu_kernels.gather_dot(x, qw, lhs_indices, rhs_indices, numpy_dtype(dtype))
+        exact = precision == "highest"
+        return cpu_kernels.gather_dot(x, qw, lhs_indices, rhs_indices, numpy_dtype(dtype), exact=exact)
 
     @hookimpl
     def from_numpy(self, array: Array, device: Any) -> Array:
