@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -13,8 +14,27 @@ import pytest
 from hypothesis import settings
 
 import quantcore as qc
+from quantcore import registry
 
 Array = np.ndarray[Any, Any]
+
+EXAMPLE = "quantcore-thirdparty-example"
+"""The distribution in tests/third_party_backend; test_third_party.py alone looks at it, in processes of its own."""
+
+
+def _hide_example() -> None:
+    """Keep the example's backends, two of them broken on purpose, from what the other tests count."""
+    installed = registry.entry_points
+
+    def others(*, group: str) -> list[Any]:
+        return [e for e in installed(group=group) if e.dist is None or e.dist.name != EXAMPLE]
+
+    hidden = [e.name for e in installed(group=registry.ENTRY_POINT_GROUP) if e.dist and e.dist.name == EXAMPLE]
+    os.environ["QUANTCORE_DISABLE"] = ",".join(hidden)  # for the processes that tests start
+    registry.entry_points = others
+
+
+_hide_example()
 
 settings.register_profile("quantcore", deadline=None, derandomize=True, database=None)
 settings.load_profile("quantcore")
