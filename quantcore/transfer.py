@@ -68,7 +68,7 @@ def _from_numpy(array: np.ndarray[Any, Any], library: str, device: Any) -> Any:
 
 
 def _generic_from_numpy(array: np.ndarray[Any, Any], library: str, device: Any) -> Any:
-    record = next((r for r in registry.backends() if library in (r.library, r.name)), None)
+    record = next((r for r in registry.backends() if library and library in (r.library, r.name)), None)
     if record is not None and record.state != registry.State.READY:
         raise BackendUnavailableError(f"can't move to {library!r}: {record.reason}. {record.install_hint}".strip())
     try:

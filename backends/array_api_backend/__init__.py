@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from quantcore import BackendInfo, Call, QuantizedTensor, Scheme, hookimpl
-from quantcore_backends.array_api_backend import affine, indexing, products
+from quantcore_backends.array_api_backend import affine, indexing, matmul, products
 
 __all__ = ["ArrayAPIBackend", "backend"]
 
@@ -17,15 +17,20 @@ class ArrayAPIBackend:
     @hookimpl
     def backend_info(self) -> BackendInfo:
         """Describe the backend."""
-        return BackendInfo(api_version=1, name="array_api", library="*", priority=-1000)
+        return BackendInfo(
+            api_version=1, name="array_api", library="*", priority=-1000, deviations=("nonfinite-as-nan@gpu",)
+        )
 
     @hookimpl
     def supports(self, op: str, call: Call) -> bool | str:
         """Everything in the canonical layout, as far as the device has the dtype to compute in."""
         if call.layout != "row":
             return f"knows the layout 'row' only, not {call.layout!r}"
-        if call.device == "gpu" and call.precision == "highest" and call.scheme.group_size is None:
-            return "needs float64 for precision 'highest' with one group per row, which MLX's GPU lacks"
+        if call.device == "gpu" and call.precision == "highest" and op in ("dot", "gather_dot"):
+            if matmul.on_tensor_cores():
+                return "MLX's float32 matmul on CUDA rounds its operands, too coarsely for precision 'highest'"
+            if call.scheme.group_size is None:
+                return "needs float64 for precision 'highest' with one group per row, which MLX's GPU lacks"
         return True
 
     @hookimpl

@@ -7,7 +7,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from quantcore import Scheme
-from quantcore.dtypes import native_dtype
+from quantcore.dtypes import dtype_name, native_dtype
 from quantcore_backends.array_api_backend.bitstream import constant, pack, unpack
 
 __all__ = ["TILE", "decode", "decode_block", "encode", "tiles"]
@@ -56,7 +56,8 @@ def encode(w: Array, scheme: Scheme) -> tuple[Array, Array, Array]:
     dense = xp.reshape(dense, (*leading, groups, group))
     codes, scale, bias = _encode_groups(dense, scheme.bits)
     codes = xp.reshape(codes, (*leading, groups * group))[..., :in_features]
-    return pack(codes, scheme.bits), xp.astype(scale, w.dtype), xp.astype(bias, w.dtype)
+    native = native_dtype(dtype_name(w.dtype), w)  # w may be byte-swapped
+    return pack(codes, scheme.bits), xp.astype(scale, native), xp.astype(bias, native)
 
 
 def _encode_groups(w: Array, bits: int) -> tuple[Array, Array, Array]:

@@ -97,7 +97,7 @@ class MLXBackend:
             return mx.zeros(shape, dtype=wanted)  # MLX's kernel divides by the number of rows
         if 1 < x.ndim < qw.ndim:  # MLX takes the first weight of the stack only, when x has fewer axes
             x = x.reshape(*(1,) * (qw.ndim - x.ndim), *x.shape)
-        x, scales, biases = _operands(mx, x, qw)
+        x, scales, biases = _operands(mx, x, qw, wanted)
         product = mx.quantized_matmul(
             x,
             qw.packed,
@@ -138,7 +138,7 @@ class MLXBackend:
             return mx.full(shape, float("nan"), dtype=wanted)
         left, left_inside = _in_range(mx, lhs_indices, matrices)
         right, right_inside = _in_range(mx, rhs_indices, weights)
-        x, scales, biases = _operands(mx, x, qw)
+        x, scales, biases = _operands(mx, x, qw, wanted)
         product = mx.gather_qmm(
             x,
             qw.packed,
@@ -195,10 +195,15 @@ def _group(qw: QuantizedTensor) -> int:
     return qw.scheme.group_size or qw.in_features
 
 
-def _operands(mx: Any, x: Array, qw: QuantizedTensor) -> tuple[Array, Array, Array]:
-    """x, scales and biases in one dtype; float32 on the CPU, whose half-precision kernels accumulate in half."""
+def _operands(mx: Any, x: Array, qw: QuantizedTensor, wanted: Any) -> tuple[Array, Array, Array]:
+    """x, scales and biases in one dtype, the widest of theirs and the result's.
+
+    float32 on the CPU, whose half-precision kernels accumulate in half.
+    """
     on_cpu = mx.default_device() == mx.cpu
-    dtype = mx.float32 if on_cpu else mx.result_type(x, qw.scales, qw.biases)
+    dtype = (
+        mx.float32 if on_cpu or wanted == mx.float64 else mx.result_type(x, qw.scales, qw.biases, mx.zeros(0, wanted))
+    )
     return x.astype(dtype), qw.scales.astype(dtype), qw.biases.astype(dtype)
 
 
