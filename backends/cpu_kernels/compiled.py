@@ -6,6 +6,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any, Final, TypeAlias
 
+import ml_dtypes
 import numpy as np
 
 from quantcore import Scheme
@@ -18,7 +19,7 @@ Array: TypeAlias = np.ndarray[Any, Any]
 FEW_ROWS: Final = 12
 """Rows of x up to which unpacking in registers beats making the weight dense for BLAS."""
 
-_KINDS: Final = {"float32": 0, "float16": 1, "bfloat16": 2}
+_KINDS: Final = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
 _ROW_SPAN: Final = 256
 """Columns of a partial sum where the whole row is one group."""
 _FLUSH: Final = 4096
@@ -106,12 +107,12 @@ class _Operands:
     def __init__(self, packed: Array, scales: Array, biases: Array, scheme: Scheme) -> None:
         self.packed = _rows_in_memory(packed, np.dtype(np.uint32))
         kind = np.dtype(np.float32) if scales.dtype != biases.dtype else scales.dtype.newbyteorder("=")
-        if kind.name not in _KINDS:
+        if kind not in _KINDS:
             kind = np.dtype(np.float32)
         self.scales, self.biases = _rows_in_memory(scales, kind), _rows_in_memory(biases, kind)
         if self.scales.strides != self.biases.strides:
             self.scales, self.biases = np.ascontiguousarray(scales, kind), np.ascontiguousarray(biases, kind)
-        self.kind = _KINDS[kind.name]
+        self.kind = _KINDS[kind]
         self.scheme = scheme
         self.span = scheme.group_size or _ROW_SPAN
         step = kind.itemsize if scheme.group_size else 0

@@ -38,11 +38,13 @@ def over_rows(kernel: Callable[[int, int], None], rows: int, work: int, least: i
     least : int
         Elements worth a thread: handing a part to one costs some 20 µs.
     """
-    parts = max(1, min(thread_count(), work // least, rows // 4))
-    bounds = [rows * part // parts // 4 * 4 for part in range(parts)] + [rows]
-    if parts == 1:
+    parts = min(work // least, rows // 4)
+    if parts > 1:
+        parts = min(parts, thread_count())
+    if parts <= 1:
         kernel(0, rows)
         return
+    bounds = [rows * part // parts // 4 * 4 for part in range(parts)] + [rows]
     pool = _shared_pool()
     others = [pool.submit(kernel, bounds[part], bounds[part + 1]) for part in range(1, parts)]
     kernel(bounds[0], bounds[1])
