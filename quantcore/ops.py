@@ -5,14 +5,14 @@ An operand may always be dense as well, so that code is written once for quantiz
 
 import math
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 import array_api_compat
 import numpy as np
 
-from quantcore import arrays, dispatch, registry
+from quantcore import arrays, dense, dispatch, registry
 from quantcore.contraction import Contraction
-from quantcore.dtypes import REAL_FLOATING, dtype_name, native_dtype, result_dtype
+from quantcore.dtypes import dtype_name
 from quantcore.errors import UnsupportedError
 from quantcore.hookspecs import Precision
 from quantcore.tensor import QuantizedTensor
@@ -37,15 +37,15 @@ def dequantize(qw: Any, /, *, dtype: Any = None, backend: str | None = None) -> 
     array, shape (..., N, K)
         ``code * scale + bias`` in float32, rounded once to `dtype`.
     """
-    name = None if dtype is None else _floating("dequantize", "dtype", dtype)
+    name = None if dtype is None else dense.floating("dequantize", "dtype", dtype)
     if not isinstance(qw, QuantizedTensor):
         if not arrays.is_array(qw):
             raise TypeError(f"dequantize: takes a QuantizedTensor or an array, not {type(qw).__name__}")
-        return qw if name is None else _cast(qw, name)
+        return qw if name is None else dense.cast(qw, name)
     base = qw.mT if qw.transposed else qw
     function, name, _ = dispatch.weight_route("dequantize", base, name, backend)
-    dense = function(base, name)
-    return arrays.plain_namespace(dense).matrix_transpose(dense) if qw.transposed else dense
+    whole = function(base, name)
+    return arrays.plain_namespace(whole).matrix_transpose(whole) if qw.transposed else whole
 
 
 def dot(
@@ -126,9 +126,9 @@ def matmul(
         return _dot("matmul", x, w.mT, out_dtype, precision, backend)
     options = {"out_dtype": out_dtype, "precision": precision, "backend": backend}
     if not isinstance(x, QuantizedTensor):
-        return _dense_matmul("matmul", x, w, options)
-    _check_operand("matmul", w)
-    return _product("matmul", x, _swapped(w), options)
+        return dense.matmul("matmul", x, w, options)
+    dense.check_operand("matmul", w)
+    return _product("matmul", x, dense.swapped(w), options)
 
 
 def tensordot(
@@ -166,7 +166,7 @@ def tensordot(
     x, w = _one_quantized(x, w)
     for operand in (x, w):
         if not isinstance(operand, QuantizedTensor):
-            _check_operand("tensordot", operand)
+            dense.check_operand("tensordot", operand)
     plan = Contraction.of(tuple(x.shape), tuple(w.shape), axes)
     if isinstance(w, QuantizedTensor):
         return _contract(x, w, plan, options)
@@ -175,8 +175,8 @@ def tensordot(
         free = len(plan.w_free)
         order = (*range(free, len(product.shape)), *range(free))
         return arrays.plain_namespace(product).permute_dims(product, order)
-    xp, x, w, name = _dense_operands("tensordot", x, w, options)
-    return _cast(xp.tensordot(x, w, axes=(list(plan.x_axes), list(plan.w_axes))), name)
+    xp, x, w, name = dense.operands("tensordot", x, w, options)
+    return dense.cast(xp.tensordot(x, w, axes=(list(plan.x_axes), list(plan.w_axes))), name)
 
 
 def take(qw: Any, indices: Any, /, axis: int = 0, *, out_dtype: Any = None, backend: str | None = None) -> Any:
@@ -208,13 +208,13 @@ def take(qw: Any, indices: Any, /, axis: int = 0, *, out_dtype: Any = None, back
         If `axis` is the grouped one or out of range.
     """
     if not isinstance(qw, QuantizedTensor):
-        _check_operand("take", qw)
+        dense.check_operand("take", qw)
     axis = _checked_axis(qw, axis)
     xp, where = _indices("take", indices, qw.shape[axis], qw.packed if isinstance(qw, QuantizedTensor) else qw)
-    name = None if out_dtype is None else _floating("take", "out_dtype", out_dtype)
+    name = None if out_dtype is None else dense.floating("take", "out_dtype", out_dtype)
     if not isinstance(qw, QuantizedTensor):
-        rows = _dense_take(qw, where, axis, xp)
-        return rows if name is None else _cast(rows, name)
+        rows = dense.take(qw, where, axis, xp)
+        return rows if name is None else dense.cast(rows, name)
     base = qw.mT if qw.transposed else qw
     from_last = qw.transposed and axis == qw.ndim - 1
     axis -= from_last
@@ -264,11 +264,11 @@ def gather_dot(
             f"gather_dot: x is quantized ({x.scheme}, shape {x.shape}), but only the second operand may be; call "
             ".dequantize() first"
         )
-    _check_operand("gather_dot", x)
+    dense.check_operand("gather_dot", x)
     if len(x.shape) < 2:
         raise ValueError(f"gather_dot: x needs at least 2 axes, not shape {tuple(x.shape)}; add an axis of length 1")
     if not isinstance(qw, QuantizedTensor):
-        _check_operand("gather_dot", qw)
+        dense.check_operand("gather_dot", qw)
     _check_contracted("gather_dot", x, qw)
     like = qw.packed if isinstance(qw, QuantizedTensor) else qw
     lhs = _flat_indices("gather_dot", lhs_indices, tuple(x.shape[:-2]), like)
@@ -281,7 +281,7 @@ def gather_dot(
             "broadcast"
         ) from None
     if not isinstance(qw, QuantizedTensor):
-        return _dense_gather(x, qw, lhs, rhs, {"out_dtype": out_dtype, "precision": precision, "backend": backend})
+        return dense.gather(x, qw, lhs, rhs, {"out_dtype": out_dtype, "precision": precision, "backend": backend})
     function, dtype, precision = dispatch.product_route("gather_dot", x, x.shape, qw, out_dtype, precision, backend)
     try:
         return function(x, qw, lhs, rhs, dtype, precision)
@@ -337,14 +337,14 @@ def _product(op: str, x: Any, w: Any, options: dict[str, Any]) -> Any:
     """``matmul(x, w.mT)`` for operands of any kind and rank."""
     x, w = _one_quantized(x, w)
     if isinstance(x, QuantizedTensor):
-        _check_operand(op, w)
+        dense.check_operand(op, w)
         product = _right_product(op, w, x, options, left=True)
-        return product if len(w.shape) == 1 else _swapped(product)
-    _check_operand(op, x)
+        return product if len(w.shape) == 1 else dense.swapped(product)
+    dense.check_operand(op, x)
     if isinstance(w, QuantizedTensor):
         return _right_product(op, x, w, options)
-    _check_operand(op, w)
-    return _dense_matmul(op, x, _swapped(w), options)
+    dense.check_operand(op, w)
+    return dense.matmul(op, x, dense.swapped(w), options)
 
 
 def _right_product(op: str, x: Any, w: QuantizedTensor, options: dict[str, Any], left: bool = False) -> Any:
@@ -383,7 +383,7 @@ def _contract(x: Any, w: QuantizedTensor, plan: Contraction, options: dict[str, 
         name = dispatch.product_dtype("tensordot", dtype_name(x.dtype), w.dtype_name, options["out_dtype"])
         wide = "float64" if name == "float64" else "float32"
         product = _right_product("tensordot", operand, w, {**options, "out_dtype": wide})
-        product = _cast(xp.sum(product, axis=tuple(range(len(summed)))), name)
+        product = dense.cast(xp.sum(product, axis=tuple(range(len(summed)))), name)
     kept_lengths = tuple(product.shape[:-2])
     product = xp.permute_dims(product, (len(kept), *range(len(kept)), len(kept) + 1))
     return xp.reshape(product, (*(x.shape[i] for i in plan.x_free), *kept_lengths, product.shape[-1]))
@@ -402,94 +402,7 @@ def _one_quantized(x: Any, w: Any) -> tuple[Any, Any]:
     return x, w
 
 
-# --- dense operands -------------------------------------------------------------------------------------------
-
-_UNCHECKED: Final = ("mlx",)
-"""Libraries whose ``take`` checks no index, and reads past the end of the array."""
-
-
-def _dense_operands(op: str, x: Any, w: Any, options: dict[str, Any]) -> tuple[Any, Any, Any, str]:
-    """Namespace, both operands in the dtype to compute in, and the name of the result's dtype."""
-    if arrays.library_of(x) != arrays.library_of(w):
-        raise TypeError(
-            f"{op}: x is a {arrays.library_of(x)} array and w a {arrays.library_of(w)} array; nothing moves between "
-            "libraries by itself: use quantcore.to_library(array, library)"
-        )
-    x_device, w_device = arrays.device_of(x), arrays.device_of(w)
-    if x_device != w_device and None not in (x_device, w_device):
-        raise TypeError(f"{op}: x is on {x_device} and w on {w_device}; nothing moves between devices by itself")
-    names = [_floating(op, "an operand's dtype", operand.dtype) for operand in (x, w)]
-    dispatch.precision_in_force(options["precision"])
-    name = result_dtype(*names)
-    out_dtype = options["out_dtype"]
-    wanted = name if out_dtype is None else _floating(op, "out_dtype", out_dtype)
-    if arrays.library_of(x) == "numpy" and name in ("float16", "bfloat16"):
-        name = "float32"  # NumPy has no half-precision matmul worth the name
-    return arrays.plain_namespace(x, w), _cast(x, name), _cast(w, name), wanted
-
-
-def _dense_matmul(op: str, x: Any, w: Any, options: dict[str, Any]) -> Any:
-    _check_operand(op, x)
-    _check_operand(op, w)
-    xp, x, w, name = _dense_operands(op, x, w, options)
-    x_shape, w_shape = tuple(x.shape), tuple(w.shape)
-    if x_shape[-1] != w_shape[0 if len(w_shape) == 1 else -2]:
-        raise ValueError(f"{op}: the contracted axes of shapes {x_shape} and {w_shape} differ")
-    return _cast(xp.matmul(x, w), name)
-
-
-def _dense_take(w: Any, indices: Any, axis: int, xp: Any) -> Any:
-    shape = (*w.shape[:axis], *indices.shape, *w.shape[axis + 1 :])
-    flat = xp.reshape(indices, (-1,))
-    if arrays.library_of(w) not in _UNCHECKED:
-        return xp.reshape(xp.take(w, flat, axis=axis), shape)
-    length = w.shape[axis]
-    nothing = xp.asarray(float("nan") if dtype_name(w.dtype) in REAL_FLOATING else 0, dtype=w.dtype)
-    if length == 0:
-        return xp.broadcast_to(nothing, shape)
-    flat = xp.astype(flat, native_dtype("int64", w))
-    inside = xp.logical_and(flat >= -length, flat < length)
-    rows = xp.take(w, xp.where(inside, flat % length, 0), axis=axis)
-    mask = xp.reshape(inside, (*(1,) * axis, -1, *(1,) * (len(w.shape) - axis - 1)))
-    return xp.reshape(xp.where(mask, rows, nothing), shape)
-
-
-def _dense_gather(x: Any, w: Any, lhs: Any, rhs: Any, options: dict[str, Any]) -> Any:
-    xp = arrays.plain_namespace(x)
-    lhs, rhs = xp.broadcast_arrays(lhs, rhs)
-    left, right = (
-        _dense_take(xp.reshape(stack, (math.prod(stack.shape[:-2]), *stack.shape[-2:])), which, 0, xp)
-        for stack, which in ((x, xp.reshape(lhs, (-1,))), (w, xp.reshape(rhs, (-1,))))
-    )
-    product = _dense_matmul("gather_dot", left, _swapped(right), options)
-    return xp.reshape(product, (*lhs.shape, *product.shape[-2:]))
-
-
-def _swapped(array: Any) -> Any:
-    return arrays.plain_namespace(array).matrix_transpose(array) if len(array.shape) > 1 else array
-
-
-def _cast(array: Any, name: str) -> Any:
-    if dtype_name(array.dtype) == name:
-        return array
-    return arrays.plain_namespace(array).astype(array, native_dtype(name, array))
-
-
 # --- checks ---------------------------------------------------------------------------------------------------
-
-
-def _floating(op: str, what: str, dtype: Any) -> str:
-    name = dtype_name(dtype)
-    if name not in REAL_FLOATING:
-        raise TypeError(f"{op}: {what} must be real floating ({', '.join(REAL_FLOATING)}), not {name}; cast it")
-    return name
-
-
-def _check_operand(op: str, operand: Any) -> None:
-    if not arrays.is_array(operand):
-        raise TypeError(f"{op}: an operand is of type {type(operand).__name__}, not an array or a QuantizedTensor")
-    if len(operand.shape) == 0:
-        raise ValueError(f"{op}: an operand has no axis (a 0-d array); products need at least one")
 
 
 def _check_contracted(op: str, x: Any, w: Any, left: bool = False) -> None:
