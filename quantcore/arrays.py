@@ -21,7 +21,12 @@ __all__ = [
 
 
 def is_array(obj: Any) -> bool:
-    """Whether `obj` is an array of a library that follows the array API."""
+    """Whether `obj` is an array of a library that follows the array API.
+
+    NumPy's masked arrays aren't: their mask would be ignored.
+    """
+    if type(obj).__module__.startswith("numpy.ma"):
+        return False
     return bool(array_api_compat.is_array_api_obj(obj))
 
 

@@ -935,3 +935,11 @@ def test_dense_operands_give_what_numpy_gives(lib: Any) -> None:
     agree(lib.numpy(qc.matmul(lib.array(x), lib.array(w.T.copy()))), exact(x) @ exact(w).T)
     assert float(qc.matmul(lib.array(x[0, 0]), lib.array(x[1, 0]))) == pytest.approx(float(x[0, 0] @ x[1, 0]))
     assert qc.dot(lib.array(x[0, 0]), lib.array(x[1, 0])).shape == ()
+
+
+def test_masked_arrays_are_refused_and_not_read_through() -> None:
+    masked = np.ma.masked_invalid(np.ones((4, 64), np.float32))
+    with pytest.raises(TypeError, match=r"quantize.*MaskedArray"):
+        qc.quantize(masked)
+    with pytest.raises(TypeError, match=r"dot.*MaskedArray"):
+        qc.dot(masked, qc.quantize(np.ones((4, 64), np.float32)))
