@@ -25,7 +25,7 @@ from common import interleaved, print_table, save, shown, spread
 import quantcore
 from quantcore import BackendInfo, Call, QuantizedTensor, Scheme, hookimpl
 
-NANO, MICRO, MILLI = 1e9, 1e6, 1e3
+MICRO, MILLI = 1e6, 1e3
 
 WARM = {
     "dot(x, qw)": "dot(x, qw)",

@@ -7,7 +7,7 @@ import array_api_compat
 import numpy as np
 
 from quantcore import arrays, registry
-from quantcore.errors import BackendNotFoundError, BackendUnavailableError, QuantcoreError
+from quantcore.errors import BackendNotFoundError, BackendUnavailableError
 
 __all__ = ["to_library"]
 
@@ -83,7 +83,5 @@ def _generic_from_numpy(array: np.ndarray[Any, Any], library: str, device: Any) 
     options = {} if device is None else {"device": device}
     try:
         return namespace.asarray(array, **options)
-    except QuantcoreError:
-        raise
     except Exception as error:
         raise TypeError(f"{library} can't take an array of dtype {array.dtype}: {error}") from error
