@@ -81,6 +81,9 @@ class BackendInfo:
         Keys of :data:`DEVIATIONS`, each optionally limited to a device: ``"dequantize-fma@gpu"``.
     shape_dependent : bool
         Whether `supports` needs the shapes; they are None in the call otherwise.
+    marks_nonfinite : bool
+        Whether `quantize` gives a scale that isn't finite for each group with a NaN or an infinity: then the core
+        needn't look through the weight for them before.
     api_version : int
         The :data:`API_VERSION` that the backend was written for.
     """
@@ -94,6 +97,7 @@ class BackendInfo:
     priority: int = 0
     deviations: tuple[str, ...] = ()
     shape_dependent: bool = False
+    marks_nonfinite: bool = False
 
     def deviates(self, name: str, device: str | None) -> bool:
         """Whether the backend declares the deviation `name` on `device`."""
