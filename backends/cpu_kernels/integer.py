@@ -1,0 +1,239 @@
+"""Products of rows of x, made integers, with packed rows, on NumPy arrays: which kernels, and what they are told."""
+
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, Final, TypeAlias
+
+import ml_dtypes
+import numpy as np
+
+from quantcore import Scheme
+from quantcore_backends.cpu_kernels import compiled
+from quantcore_backends.cpu_kernels.compiled import rows_in_memory
+from quantcore_backends.cpu_kernels.threads import native_pool
+
+__all__ = ["Weight", "has_byte_dot", "product", "serves"]
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+_KINDS: Final = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
+_UINT32: Final = np.dtype(np.uint32)
+_OVERREAD: Final = 48
+"""Bytes behind a row's codes that a vector may read where codes cross words."""
+_MANY: Final = 5
+"""Rows of x from which it pays to lay the weight in tiles."""
+_MOST: Final = 512
+"""Rows of x in one go, which bounds the scratch memory."""
+_PLANS: Final = 32
+"""Plans that a weight keeps, one for each number of rows."""
+_ROUNDED_TOGETHER: Final = 16
+"""Rows of x from which threads share in rounding them."""
+_WHOLE_ROW: Final = 1 << 40
+"""Elements of a group that is the whole row."""
+_THREADED: Final = 1 << 19
+"""Multiplications worth a second thread."""
+
+
+@cache
+def _compiled() -> SimpleNamespace:
+    """The modules that import Numba, with what is needed of them."""
+    from quantcore_backends.cpu_kernels import activations, job, kernels_int, kernels_tiles, pool, simd_int, vectors
+
+    return SimpleNamespace(
+        activations=activations,
+        call=len(job.CALL),
+        in_turn=pool.in_turn,
+        job=job,
+        lanes=vectors.LANES,
+        rows=kernels_int,
+        simd=simd_int,
+        tiles=kernels_tiles,
+    )
+
+
+def serves(scheme: Scheme) -> bool:
+    """Whether there are kernels for a scheme: Numba is there, and a group holds whole words of 1-bit codes."""
+    return compiled.available() and (scheme.bits, scheme.group_size) != (1, 16)
+
+
+@cache
+def has_byte_dot(scheme: Scheme) -> bool:
+    """Whether 8-bit activations are faster here than 16-bit ones."""
+    modules = _compiled()
+    held = modules.tiles.held_bits(scheme.bits)
+    return modules.simd.lane_codes(scheme.bits) >= 4 and all(
+        modules.simd.byte_dot(bits) for bits in (scheme.bits, held)
+    )
+
+
+class Weight:
+    """A packed matrix as the kernels take it: arrays that they can read, and how products with it go.
+
+    Parameters
+    ----------
+    packed : array, shape (N, W), uint32
+    scales, biases : array, shape (N, G), float32, float16 or bfloat16
+    scheme : Scheme
+    in_features : int
+    """
+
+    def __init__(self, packed: Array, scales: Array, biases: Array, scheme: Scheme, in_features: int) -> None:
+        dtype = np.dtype(np.float32) if scales.dtype != biases.dtype else scales.dtype.newbyteorder("=")
+        if dtype not in _KINDS:
+            dtype = np.dtype(np.float32)
+        self.kind, self.scheme, self.in_features = _KINDS[dtype], scheme, in_features
+        self.packed = rows_in_memory(packed, _UINT32)
+        self.scales, self.biases = rows_in_memory(scales, dtype), rows_in_memory(biases, dtype)
+        if self.scales.strides != self.biases.strides:
+            self.scales, self.biases = np.ascontiguousarray(scales, dtype), np.ascontiguousarray(biases, dtype)
+        self._plans: dict[tuple[int, int], _Plan] = {}
+
+    def plan(self, width: int, rows: int) -> "_Plan":
+        """How a product of so many rows, as integers of `width` bits, goes."""
+        found = self._plans.get((width, rows))
+        if found is None:
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            found = self._plans[width, rows] = _Plan(self, width, rows)
+        return found
+
+
+class _Plan:
+    """Kernels, where what lies in scratch memory, and a job that lacks only what a call fills in."""
+
+    def __init__(self, weight: Weight, width: int, rows: int) -> None:
+        modules = _compiled()
+        scheme, columns = weight.scheme, weight.in_features
+        bits, group = scheme.bits, scheme.group_size
+        outputs, words = weight.packed.shape
+        groups, run = weight.scales.shape[1], modules.activations.run_length(group)
+        self.weight, self.rows, self.height = weight, rows, _block_height(rows)
+        self.threads = native_pool().threads if rows * columns * outputs >= _THREADED else 1
+        if self.height:
+            tiles = modules.tiles
+            held, runs = tiles.held_bits(bits), -(-columns // run)
+            kernel, rounder = (
+                tiles.tiles(bits, run, width, self.height),
+                modules.activations.rounder(held, run, width, self.height),
+            )
+            shift, tile_words = 0, tiles.tile_words(columns, bits, run)
+            reads = tile_words * (32 // held) * bits // 8
+            codes, scales, sums = runs * run * width // 8, runs * 8, 0
+            scratch = _whole_lines(tiles.scratch_bytes(rows, columns, groups, bits, run))
+            parts = -(-outputs // tiles.OUTPUTS)
+            part = max(1, parts // (8 * self.threads))
+        else:
+            step = modules.activations.step_codes(bits, run)
+            steps, in_step = -(-columns // step), max(1, step // (group or step))
+            kernel = modules.rows.four_rows(bits, weight.kind, run, in_step, width)
+            rounder = modules.activations.rounder(bits, run, width, 0)
+            shift, tile_words = max(1, (group or step) // step).bit_length() - 1, 0
+            reads = steps * step * bits // 8
+            codes, scales, sums = steps * step * width // 8, steps * modules.lanes * 4, groups * 4
+            scratch, parts = 0, outputs
+            part = max(16, parts // (8 * self.threads) // 4 * 4)
+        stride = weight.packed.strides[0]
+        beyond = reads + (_OVERREAD if 32 % bits else 0) - 4 * words
+        self.copied = 0 if beyond <= 0 else min(outputs, -(-beyond // stride) if stride else outputs)
+        self.copy_row = _whole_lines(4 * words + max(0, beyond))
+        values = {
+            "out_features": outputs,
+            "in_features": columns,
+            "groups": groups,
+            "out_row": 4 * outputs,
+            "packed": weight.packed.ctypes.data,
+            "scales": weight.scales.ctypes.data,
+            "biases": weight.biases.ctypes.data,
+            "packed_row": stride,
+            "scale_row": weight.scales.strides[0],
+            "scale_step": weight.scales.itemsize if group else 0,
+            "kind": weight.kind,
+            "group": group or _WHOLE_ROW,
+            "group_shift": shift,
+            "group_runs": (group or _WHOLE_ROW) // run,
+            "safe": outputs - self.copied,
+            "copy_row": self.copy_row,
+            "codes_row": codes,
+            "code_scales_row": scales,
+            "sums_row": sums,
+            "tile_words": tile_words,
+            "scratch_size": scratch,
+        }
+        self.fixed = np.array([values[name] for name in modules.job.WEIGHT], np.int64)
+        space = (rows + 3) // 4 * 4
+        sizes = [modules.job.JOB.itemsize, codes * space, scales * space, sums * space, self.copied * self.copy_row]
+        self.places = np.cumsum([_whole_lines(size) for size in sizes]).tolist()
+        self.size = self.places[-1] + scratch * self.threads + 64
+        # Rows that fill up the last block are zero, lest they be slow to compute with.
+        self.allocate = np.zeros if self.height and rows % 4 else np.empty
+        rounded = max(self.height, rows // (4 * self.threads) // 4 * 4) if rows >= _ROUNDED_TOGETHER else rows
+        self.kernels = (rounder.address, rows, rounded, kernel.address, parts, part)
+        self._held = rounder, kernel
+
+    def run(self, x: Array, out: Array) -> bool:
+        """Compute ``out = x @ w.T``; whether integers served, so that `out` is right."""
+        modules = _compiled()
+        memory = self.allocate(self.size, np.uint8)
+        start = memory.ctypes.data
+        shift = -start & 63
+        start += shift
+        codes, scales, sums, copy, scratch = self.places
+        job = memory[shift : shift + modules.job.JOB.itemsize].view(np.int64)
+        job[: modules.call] = (
+            x.ctypes.data,
+            x.strides[0],
+            out.ctypes.data,
+            self.rows,
+            start + codes,
+            start + scales,
+            start + sums,
+            start + copy,
+            start + scratch,
+            0,
+        )
+        job[modules.call :] = self.fixed
+        if self.copied:
+            packed = self.weight.packed
+            room = memory[shift + copy : shift + scratch].view(np.uint32)[: self.copied * self.copy_row // 4]
+            room.reshape(self.copied, -1)[:, : packed.shape[1]] = packed[packed.shape[0] - self.copied :]
+        pool = native_pool().address if self.threads > 1 else 0
+        modules.in_turn(pool, start, 8 * (modules.call - 1), *self.kernels)
+        return not job[modules.call - 1]
+
+
+def product(x: Array, weight: Weight, width: int) -> Array | None:
+    """``x @ w.T`` with x rounded to integers of `width` bits, or None where that would lose too much of x.
+
+    Parameters
+    ----------
+    x : array, shape (M, K), float32, rows in one piece each
+    weight : Weight
+        Of shape (N, K).
+    width : int
+        16 or 8.
+
+    Returns
+    -------
+    array, shape (M, N), float32
+    """
+    rows = x.shape[0]
+    out = np.empty((rows, weight.packed.shape[0]), np.float32)
+    if rows <= _MOST:
+        return out if weight.plan(width, rows).run(x, out) else None
+    for start in range(0, rows, _MOST):
+        part = x[start : start + _MOST]
+        if not weight.plan(width, part.shape[0]).run(part, out[start : start + _MOST]):
+            return None
+    return out
+
+
+def _block_height(rows: int) -> int:
+    """Rows of x in a block, as many as there are registers for; 0 for the kernels of few rows."""
+    if rows < _MANY:
+        return 0
+    return 8 if _compiled().lanes == 16 else 4
+
+
+def _whole_lines(size: int) -> int:
+    """A size rounded up to cache lines."""
+    return size + 63 & -64
