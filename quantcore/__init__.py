@@ -4,7 +4,10 @@
 annotation. Backends are plugins: see :mod:`quantcore.hookspecs` for the contract.
 """
 
+from typing import Any
+
 from quantcore.dispatch import Explanation
+from quantcore.doors import DOORS
 from quantcore.encode import quantize, quantized_tensor
 from quantcore.errors import (
     BackendNotFoundError,
@@ -69,3 +72,11 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in DOORS:
+        raise AttributeError(f"module 'quantcore' has no attribute {name!r}")
+    from importlib import import_module
+
+    return import_module(f"quantcore.{name}")

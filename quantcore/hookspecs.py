@@ -161,6 +161,14 @@ class Backend:
         """Describe the backend. Called once, at registration."""
 
     @hookspec
+    def prepare(self) -> None:
+        """Called once, when the backend is first used: after what it requires was imported, before its other hooks.
+
+        For telling its framework of :class:`~quantcore.QuantizedTensor` (a pytree, an operator). First use is also
+        when the first tensor over arrays of this backend is made.
+        """
+
+    @hookspec
     def supports(self, op: str, call: Call) -> bool | str:  # type: ignore[empty-body]
         """Whether the backend computes this call: True, or the reason why not (a sentence for the user).
 
@@ -298,4 +306,4 @@ class Backend:
 
 
 REQUIRED_HOOKS: Final = ("backend_info", "supports", "quantize", "dequantize", "dot")
-OPTIONAL_HOOKS: Final = ("take", "gather_dot", "prepack", "canonical", "from_numpy", "to_numpy")
+OPTIONAL_HOOKS: Final = ("prepare", "take", "gather_dot", "prepack", "canonical", "from_numpy", "to_numpy")
