@@ -103,7 +103,7 @@ def device_of(array: Any) -> str | None:
 
 
 def is_traced(array: Any) -> bool:
-    """Whether the array stands for a value that isn't known yet (inside mx.compile, mx.vmap, jax.jit, ...)."""
+    """Whether the array stands for a value that isn't known yet (inside mx.compile, jax.jit, torch.compile, ...)."""
     library = library_of(array)
     if library == "mlx":
         try:
@@ -111,6 +111,9 @@ def is_traced(array: Any) -> bool:
         except ValueError:
             return True
         return False
+    if library == "torch":
+        fakes = sys.modules.get("torch._subclasses.fake_tensor")
+        return array.device.type == "meta" or (fakes is not None and bool(fakes.is_fake(array)))
     if library == "jax":
         return isinstance(array, sys.modules["jax"].core.Tracer)
     return False
