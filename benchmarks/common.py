@@ -20,7 +20,19 @@ LOAD_BEFORE = os.getloadavg()[0]
 """Processes that ran or waited in the last minute before the benchmark."""
 BUSY = 0.5
 
-_PACKAGES = ("quantcore-arrays", "numpy", "numba", "mlx", "mlx-cpu", "array-api-compat", "pluggy", "ml_dtypes")
+_PACKAGES = (
+    "quantcore-arrays",
+    "numpy",
+    "numba",
+    "torch",
+    "torchao",
+    "bitsandbytes",
+    "mlx",
+    "mlx-cpu",
+    "array-api-compat",
+    "pluggy",
+    "ml_dtypes",
+)
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 

@@ -563,10 +563,8 @@ class OwnArray:
 
 
 def test_the_first_tensor_over_its_arrays_prepares_a_backend(spoil: pytest.MonkeyPatch) -> None:
-    toy = Preparing(library="own", array_types=(f"{__name__}:OwnArray",))
-    spoil.setitem(
-        sys.modules, __name__, sys.modules.get(__name__) or __import__("types").SimpleNamespace(OwnArray=OwnArray)
-    )
+    toy = Preparing(library="own", array_types=("own_arrays:OwnArray",))
+    spoil.setitem(sys.modules, "own_arrays", SimpleNamespace(OwnArray=OwnArray))
     qc.register(toy)
     packed, scales = OwnArray(np.zeros((4, 8), np.uint32)), OwnArray(np.zeros((4, 1), np.float32))
     assert toy.noted == []
