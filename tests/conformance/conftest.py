@@ -2,12 +2,12 @@
 
 import pytest
 
-KEPT = 16
+KEPT = 24
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the compiled kit slow, but for every sixteenth of its tests."""
+    """Mark the compiled kit slow, but for every 24th of its tests."""
     compiled = [item for item in items if isinstance(item, pytest.Function) and "Compiled" in item.cls.__name__]
     for place, item in enumerate(compiled):
         if place % KEPT:
