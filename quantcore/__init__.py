@@ -4,7 +4,7 @@
 annotation. Backends are plugins: see :mod:`quantcore.hookspecs` for the contract.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantcore.dispatch import Explanation
 from quantcore.doors import DOORS
@@ -31,6 +31,9 @@ from quantcore.settings import use_precision
 from quantcore.tensor import QuantizedTensor, is_quantized
 from quantcore.transfer import to_library
 
+if TYPE_CHECKING:
+    from quantcore.formats import Checkpoint, load
+
 __all__ = [
     "BackendInfo",
     "BackendNotFoundError",
@@ -38,6 +41,7 @@ __all__ = [
     "BackendUnavailableError",
     "BackendWarning",
     "Call",
+    "Checkpoint",
     "Explanation",
     "FormatError",
     "InexactConversionError",
@@ -57,6 +61,7 @@ __all__ = [
     "gather_dot",
     "hookimpl",
     "is_quantized",
+    "load",
     "matmul",
     "prepack",
     "quantize",
@@ -74,9 +79,16 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:
-    if name not in DOORS:
-        raise AttributeError(f"module 'quantcore' has no attribute {name!r}")
-    from importlib import import_module
+_FORMATS = frozenset({"Checkpoint", "load"})
 
-    return import_module(f"quantcore.{name}")
+
+def __getattr__(name: str) -> Any:
+    if name in _FORMATS:
+        from quantcore import formats  # read when first asked for: most programs load no file
+
+        return getattr(formats, name)
+    if name in DOORS:
+        from importlib import import_module
+
+        return import_module(f"quantcore.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
