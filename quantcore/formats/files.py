@@ -119,6 +119,11 @@ class Stored:
         """Bytes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def place(self) -> str:
+        """File, name and offset, for an error."""
+        return f"{self.file.path}, tensor {_short(self.name)}, byte {self.offset}"
+
     def array(self) -> Array:
         """The elements, as a read-only view of the file."""
         if self.dtype == np.bool_:

@@ -25,7 +25,8 @@ class Folder:
     metadata : dict of str to str
         Of the first shard.
     config : dict
-        ``config.json``; empty where there is none.
+        ``config.json``; empty where there is none. What AutoGPTQ once put into a file of its own is in it, too.
+    config_file : Path
     whole : bool
         Whether these are all tensors of the model, as far as one can tell.
     """
@@ -34,6 +35,7 @@ class Folder:
     tensors: dict[str, Stored]
     metadata: dict[str, str]
     config: dict[str, Any]
+    config_file: Path
     whole: bool
 
 
@@ -73,19 +75,23 @@ def read_folder(path: Path) -> Folder:
     for name in weight_map or ():
         if name not in tensors:
             malformed(indexes[0], f"it isn't in the shard {(weight_map or {})[name]}", tensor=name)
-    return Folder(path, tensors, metadata, _config(path), whole=True)
+    return Folder(path, tensors, metadata, *_config(path), whole=True)
 
 
 def read_single(file: MappedFile) -> Folder:
     """Read the header of one file, and the config beside it."""
     tensors, metadata = safetensors.read_header(file)
     shards = [other for other in file.path.parent.glob("*.safetensors") if other.is_file()]
-    return Folder(file.path, tensors, metadata, _config(file.path.parent), whole=len(shards) == 1)
+    return Folder(file.path, tensors, metadata, *_config(file.path.parent), whole=len(shards) == 1)
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    return read_json(path) if path.exists() else {}
+def _config(folder: Path) -> tuple[dict[str, Any], Path]:
+    path, separate = folder / "config.json", folder / "quantize_config.json"
+    config = read_json(path) if path.exists() else {}
+    if "quantization_config" not in config and "quantization" not in config and separate.exists():
+        config["quantization_config"] = {"quant_method": "gptq", **read_json(separate)}
+        return config, separate
+    return config, path
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:

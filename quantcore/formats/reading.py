@@ -1,14 +1,15 @@
 """`load`: which format a path holds, found by its content, and the checkpoint that it gives."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from quantcore.errors import FormatError
-from quantcore.formats import gguf, safetensors
+from quantcore.errors import FormatError, UnsupportedError
+from quantcore.formats import awq, compressed_tensors, gguf, gptq, hqq, mlx, onnx, safetensors
 from quantcore.formats.checkpoint import Checkpoint, Entry, Rename, dense, renamed, renamer
-from quantcore.formats.files import MappedFile, malformed
+from quantcore.formats.config import Settings
+from quantcore.formats.files import MappedFile, Stored, malformed
 from quantcore.formats.folder import Folder, read_folder, read_single
 
 __all__ = ["load"]
@@ -20,6 +21,7 @@ def load(
     library: str = "numpy",
     device: Any = None,
     rename: Rename = None,
+    exact: bool = True,
 ) -> Checkpoint:
     """Open a checkpoint: a file, or a folder with ``config.json`` and its shards.
 
@@ -32,7 +34,10 @@ def load(
     device : object, optional
         A device of that library.
     rename : mapping or callable, optional
-        From the names in the file to those of the checkpoint.
+        From the names in the file to those of the checkpoint. An MLX config's overrides, which go by module, are found
+        under either name, and given under the new one in the checkpoint's `config`.
+    exact : bool
+        Whether a tensor that can't be converted exactly raises when it is looked up. Where it can, it always is.
 
     Returns
     -------
@@ -43,12 +48,22 @@ def load(
     ------
     FormatError
         If the file isn't what its format says it must be; it names the file, the tensor and the byte.
+    UnsupportedError
+        If it is of a kind that isn't read, which the message names.
+    InexactConversionError
+        On looking up a tensor whose values would change, and by how much, unless `exact` is False.
     FileNotFoundError
         If there is nothing at the path.
+
+    Examples
+    --------
+    >>> checkpoint = quantcore.load("SmolLM2-135M-Instruct.Q4_1.gguf")  # doctest: +SKIP
+    >>> checkpoint["blk.0.attn_q.weight"]  # doctest: +SKIP
+    QuantizedTensor(shape=(576, 576), affine-int4-g32, float32, numpy on cpu, 5.00 bits/weight, 207,360 bytes)
     """
     place = Path(path)
     name_of = renamer(rename)
-    entries, format, config, metadata = _open(place)
+    entries, format, config, metadata = _open(place, name_of, exact)
     return Checkpoint(
         renamed(entries, name_of),
         format=format,
@@ -63,36 +78,98 @@ def load(
 _Opened = tuple[dict[str, Entry], str, Mapping[str, Any], Mapping[str, Any]]
 
 
-def _open(place: Path) -> _Opened:
-    if place.is_dir():
-        if any(place.glob("*.safetensors")) or any(place.glob("*.safetensors.index.json")):
-            return _from_safetensors(read_folder(place))
-        return _open_file(_only_gguf(place))
-    return _open_file(place)
+def _open(place: Path, rename: Callable[[str], str], exact: bool) -> _Opened:
+    if not place.is_dir():
+        return _open_file(place, rename, exact)
+    if any(place.glob("*.safetensors")) or any(place.glob("*.safetensors.index.json")):
+        return _from_safetensors(read_folder(place), rename, exact)
+    return _open_file(_only_file(place), rename, exact)
 
 
-def _open_file(place: Path) -> _Opened:
+def _open_file(place: Path, rename: Callable[[str], str], exact: bool) -> _Opened:
     file = MappedFile(place)
     if file.buffer[:4] == gguf.MAGIC:
         entries, metadata = gguf.read_checkpoint(place)
         return entries, "gguf", {}, metadata
     if safetensors.looks_like(file):
-        return _from_safetensors(read_single(file))
+        return _from_safetensors(read_single(file), rename, exact)
     start = file.buffer[:4]
     if start[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
         malformed(place, "a pickle or zip (PyTorch's .pt); such files can run code and aren't read", offset=0)
-    malformed(place, f"neither safetensors nor GGUF (it begins with {start!r})", offset=0)
+    if onnx.looks_like(file):
+        return onnx.entries(file, exact=exact), "onnx", {}, {}
+    malformed(place, f"not a format that is read: safetensors, GGUF or ONNX (it begins with {start!r})", offset=0)
 
 
-def _only_gguf(folder: Path) -> Path:
-    found = sorted(file for file in folder.glob("*.gguf") if file.is_file())
+def _only_file(folder: Path) -> Path:
+    found = sorted(file for ending in ("gguf", "onnx") for file in folder.glob(f"*.{ending}") if file.is_file())
     firsts = [file for file in found if "-of-" not in file.name or "-00001-of-" in file.name]
     if len(firsts) != 1:
         names = ", ".join(file.name for file in found) or "none"
-        raise FormatError(f"{folder}: no *.safetensors in it, and not one GGUF checkpoint but {names}; name a file")
+        raise FormatError(f"{folder}: no *.safetensors in it, and not one *.gguf or *.onnx but {names}; name a file")
     return firsts[0]
 
 
-def _from_safetensors(folder: Folder) -> _Opened:
-    entries = {name: dense(stored) for name, stored in folder.tensors.items()}
-    return entries, "safetensors", folder.config, folder.metadata
+def _from_safetensors(folder: Folder, rename: Callable[[str], str], exact: bool) -> _Opened:
+    tensors, config = folder.tensors, dict(folder.config)
+    format, settings = _quantization(folder)
+    if format == "mlx":
+        assert settings is not None
+        quantized, used = mlx.entries(tensors, settings, rename, whole=folder.whole)
+        for place in ("quantization", "quantization_config"):
+            if isinstance(config.get(place), dict):
+                config[place] = mlx.override_names(config[place], rename)
+    else:
+        quantized, suffixes = _read_as(format, tensors, settings, exact)
+        used = {f"{name.removesuffix('weight')}{suffix}" for name in quantized for suffix in suffixes}
+    entries: dict[str, Entry] = {}
+    for name, stored in tensors.items():  # in the order of the file, a quantized weight where its first part is
+        weight = f"{name.rpartition('.')[0]}.weight"
+        if name not in used:
+            entries[name] = dense(stored)
+        elif weight not in entries:
+            entries[weight] = quantized[weight]
+    return entries, format, config, folder.metadata
+
+
+def _read_as(
+    format: str, tensors: Mapping[str, Stored], settings: Settings | None, exact: bool
+) -> tuple[dict[str, Entry], tuple[str, ...]]:
+    """Quantized weights of a format, and the ends of the names of their parts."""
+    if format == "hqq":
+        return hqq.entries(tensors, exact=exact), hqq.SUFFIXES
+    if format == "safetensors":
+        return {}, ()
+    assert settings is not None
+    module = {"awq": awq, "gptq": gptq, "compressed-tensors": compressed_tensors}[format]
+    return module.entries(tensors, settings, exact=exact), module.SUFFIXES
+
+
+def _quantization(folder: Folder) -> tuple[str, Settings | None]:
+    """The format of a folder's quantized tensors, and the config that describes them.
+
+    Raises
+    ------
+    FormatError, UnsupportedError
+        If the method isn't known, or tensors are quantized and nothing says how.
+    """
+    file, config = folder.config_file, folder.config
+    if config.get("quantization") is not None:
+        return "mlx", Settings(config["quantization"], file, "quantization")
+    if config.get("quantization_config") is not None:
+        settings = Settings(config["quantization_config"], file, "quantization_config")
+        method = settings.text("quant_method", default="mlx" if "group_size" in settings.values else None)
+        if method not in ("mlx", "awq", "gptq", "hqq", "compressed-tensors"):
+            raise UnsupportedError(
+                f"{file}: the quantization method {method[:60]!r} isn't read; read are MLX's, awq, gptq, hqq and "
+                "compressed-tensors"
+            )
+        return method, settings
+    for name, stored in folder.tensors.items():
+        end = name.rpartition(".")[2]
+        if end == hqq.MARKER:
+            return "hqq", None
+        mlx_like = end == "scales" and f"{name.removesuffix('.scales')}.weight" in folder.tensors
+        if end in ("qweight", compressed_tensors.MARKER) or mlx_like:
+            stored.malformed("it is part of a quantized weight, but no config.json beside it says how it is quantized")
+    return "safetensors", None
