@@ -32,7 +32,7 @@ from quantcore.tensor import QuantizedTensor, is_quantized
 from quantcore.transfer import to_library
 
 if TYPE_CHECKING:
-    from quantcore.formats import Checkpoint, load
+    from quantcore.formats import Checkpoint, load, save
 
 __all__ = [
     "BackendInfo",
@@ -68,6 +68,7 @@ __all__ = [
     "quantized_tensor",
     "refresh",
     "register",
+    "save",
     "take",
     "tensordot",
     "to_library",
@@ -78,8 +79,7 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-
-_FORMATS = frozenset({"Checkpoint", "load"})
+_FORMATS = frozenset({"Checkpoint", "load", "save"})
 
 
 def __getattr__(name: str) -> Any:

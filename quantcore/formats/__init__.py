@@ -6,5 +6,6 @@ Files are untrusted: every count, length and offset is checked before it is used
 
 from quantcore.formats.checkpoint import Checkpoint, Entry
 from quantcore.formats.reading import load
+from quantcore.formats.writing import save
 
-__all__ = ["Checkpoint", "Entry", "load"]
+__all__ = ["Checkpoint", "Entry", "load", "save"]
