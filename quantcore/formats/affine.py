@@ -193,5 +193,5 @@ def _check_exact(stored: Stored, tensor: QuantizedTensor, scales: Array, zeros: 
         raise InexactConversionError(
             f"{stored.place}: as {tensor.scheme}, {differing} of {tensor.size} values would differ from "
             f"(code - zero) * scale in float32, by at most {largest:.3g}, because its scales or zero points take more "
-            "bits than a float32 product leaves; pass exact=False to load it so"
+            "bits than a float32 product leaves; pass exact=False (--inexact) to load it so"
         )

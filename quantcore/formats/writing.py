@@ -120,7 +120,7 @@ def _check_free(target: Path, overwrite: bool) -> None:
     if not (target.exists() or target.is_symlink()):
         return
     if not overwrite:
-        raise FileExistsError(f"save: {target} exists; pass overwrite=True to replace it")
+        raise FileExistsError(f"save: {target} exists; pass overwrite=True (--force) to replace it")
     entries = list(target.iterdir()) if target.is_dir() and not target.is_symlink() else None
     is_checkpoint = entries is not None and (
         not entries or (all(entry.is_file() for entry in entries) and any(e.name == "config.json" for e in entries))
