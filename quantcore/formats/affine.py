@@ -13,7 +13,7 @@ from quantcore.formats.files import Array, Stored, malformed
 from quantcore.scheme import BITS, GROUP_SIZES, Scheme
 from quantcore.tensor import QuantizedTensor
 
-__all__ = ["FLOATS", "Parts", "check_finite", "from_zero_points", "joined", "scheme_of"]
+__all__ = ["FLOATS", "Parts", "all_finite", "check_finite", "from_zero_points", "joined", "scheme_of"]
 
 FLOATS: Final = ("float16", "bfloat16", "float32")
 """Dtypes that scales may have."""
@@ -113,12 +113,20 @@ def scheme_of(stored: Stored, bits: int, group_size: int | None, in_features: in
 
 def check_finite(stored: Stored, values: Array) -> None:
     """Raise the FormatError that names the byte of the first NaN or infinity."""
-    finite = np.isfinite(values)
-    if not finite.all():
-        flat = int(finite.reshape(-1).argmin())
+    if not all_finite(values):
+        flat = int(np.isfinite(values).reshape(-1).argmin())
         value = float(values.reshape(-1)[flat])
         offset = stored.offset + flat * stored.dtype.itemsize
         malformed(stored.file.path, f"a scale or bias is {value}", tensor=stored.name, offset=offset)
+
+
+def all_finite(values: Array) -> bool:
+    """Whether no number is NaN or infinite."""
+    if values.dtype.itemsize != 2 or not values.size:
+        return bool(np.isfinite(values).all())
+    # NumPy looks at half-precision numbers one by one; at their exponents, many at a time.
+    exponent = np.uint16(0x7C00 if values.dtype == np.float16 else 0x7F80)
+    return bool(np.bitwise_and(values.view(np.uint16), exponent).max() != exponent)
 
 
 def from_zero_points(

@@ -17,6 +17,7 @@ import numpy as np
 
 from quantcore.bitstream import pack
 from quantcore.errors import UnsupportedError
+from quantcore.formats.affine import all_finite
 from quantcore.formats.checkpoint import Entry, dense
 from quantcore.formats.files import Array, MappedFile, Stored, malformed
 from quantcore.scheme import Scheme
@@ -24,7 +25,7 @@ from quantcore.tensor import QuantizedTensor
 
 __all__ = ["TYPES", "BlockType", "entry"]
 
-_TILE: Final = 1 << 21
+_TILE: Final = 1 << 19  # what a core's own cache holds
 """Elements whose codes are unpacked at one time."""
 
 _F16: Final = np.dtype("<f2")
@@ -103,7 +104,7 @@ def _read(file: MappedFile, name: str, shape: tuple[int, ...], kind: BlockType, 
         packed[start : start + step] = rowwise if codes.dtype == np.uint32 else pack(rowwise, scheme.bits)
         for whole, some in ((scales, scale), (biases, bias)):
             whole[start : start + step] = some.reshape(len(part), -1)
-        if not (np.isfinite(scale).all() and np.isfinite(bias).all()):
+        if not (all_finite(scale) and all_finite(bias)):
             bad = ~(np.isfinite(scale) & np.isfinite(bias)).all(axis=-1)
             at = offset + (start * per_row + int(bad.argmax())) * kind.nbytes
             malformed(file.path, "a scale isn't finite", tensor=name, offset=at)
@@ -124,7 +125,7 @@ def _narrow(biases: Array) -> Array:
 
 def _half(blocks: Array, start: int) -> Array:
     """The float16 at a position of each block, shape (n, 1)."""
-    return np.ascontiguousarray(blocks[:, start : start + 2]).view(_F16).astype(np.float16, copy=False)
+    return _field(blocks, start, _F16)[:, None].astype(np.float16, copy=False)
 
 
 def _nibble_words(qs: Array, run: int) -> Array:
@@ -155,6 +156,26 @@ def _nibble_words(qs: Array, run: int) -> Array:
     return words.reshape(len(qs), -1)
 
 
+def _block_words(blocks: Array, start: int) -> Array:
+    """Words of the 32 4-bit codes in the 16 bytes at `start` of each block, the low nibbles first; shape (n, 4).
+
+    The whole blocks are computed with, so that each step runs over memory without a stride.
+    """
+    pairs = np.ascontiguousarray(blocks).view("<u2")
+    words = np.empty((len(blocks), 2), "<u8")
+    for half in range(2):
+        x = (pairs >> np.uint16(4 * half)) & np.uint16(0x0F0F)
+        x |= x >> np.uint16(4)
+        words[:, half] = _field(x.astype(np.uint8), start // 2, np.dtype("<u8"))
+    return words.view("<u4").astype(np.uint32, copy=False)
+
+
+def _field(blocks: Array, start: int, dtype: np.dtype[Any]) -> Array:
+    """What lies at `start` of each block, shape (n,), contiguous."""
+    record = np.dtype({"names": ["field"], "formats": [dtype], "offsets": [start], "itemsize": blocks.shape[1]})
+    return np.ascontiguousarray(blocks.view(record)["field"][:, 0])
+
+
 def _nibbles(qs: Array, run: int) -> Array:
     """Codes, uint8, in the order of `_nibble_words`."""
     runs = qs.reshape(len(qs), -1, 1, run) >> np.array([[0], [4]], np.uint8)
@@ -175,11 +196,11 @@ def _fifth_bits(blocks: Array, start: int) -> Array:
 
 def _q4_0(blocks: Array) -> Parts:
     d = _half(blocks, 0)
-    return _nibble_words(blocks[:, 2:], 16), d, d.astype(np.float32) * np.float32(-8)
+    return _block_words(blocks, 2), d, d.astype(np.float32) * np.float32(-8)
 
 
 def _q4_1(blocks: Array) -> Parts:
-    return _nibble_words(blocks[:, 4:], 16), _half(blocks, 0), _half(blocks, 2)
+    return _block_words(blocks, 4), _half(blocks, 0), _half(blocks, 2)
 
 
 def _q5_0(blocks: Array) -> Parts:
@@ -193,7 +214,8 @@ def _q5_1(blocks: Array) -> Parts:
 
 def _q8_0(blocks: Array) -> Parts:
     d = _half(blocks, 0)
-    return blocks[:, 2:] ^ np.uint8(0x80), d, d.astype(np.float32) * np.float32(-128)
+    signed = _field(blocks ^ np.uint8(0x80), 2, np.dtype((np.void, 32)))
+    return signed.view("<u4").reshape(-1, 8).astype(np.uint32, copy=False), d, d.astype(np.float32) * np.float32(-128)
 
 
 # --- blocks of 256 --------------------------------------------------------------------------------------------
