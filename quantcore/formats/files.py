@@ -24,6 +24,15 @@ MAX_RANK: Final = 32
 MAX_JSON: Final = 100_000_000
 """Bytes of JSON that are parsed at most; the safetensors library has the same limit on its header."""
 
+ENTRY_BYTES: Final = 1000
+"""What Python takes, about, to know of one tensor."""
+
+_JSON_BYTES: Final = 64
+"""What Python takes for a brace, bracket, comma or quote, about."""
+
+_ALLOWANCE: Final = 64 << 20
+"""Bytes that a header may take in Python beyond twice the file's size."""
+
 
 def malformed(file: Path, what: str, *, tensor: str | None = None, offset: int | None = None) -> NoReturn:
     """Raise the FormatError that names the file and, where they are known, the tensor and the byte offset."""
@@ -77,6 +86,15 @@ class MappedFile:
         if offset < 0 or count < 0 or offset + count > self.size:
             end = f"{count} bytes from {offset} on, the file ends at {self.size}"
             malformed(self.path, f"{what} lies outside the file ({end})", tensor=tensor, offset=offset)
+
+    def check_memory(self, count: int, each: int, what: str) -> None:
+        """Raise FormatError if `count` objects of `each` bytes are out of proportion to the file.
+
+        A few bytes of a header become an object of hundreds. Beside a model's weights that is nothing; of a file that
+        is all header it would be many times its size.
+        """
+        if count * each > 2 * self.size + _ALLOWANCE:
+            malformed(self.path, f"{count} {what} in a file of {self.size} bytes, more than any model has", offset=0)
 
     def array(self, dtype: np.dtype[Any], shape: Sequence[int], offset: int, tensor: str | None = None) -> Array:
         """A read-only view of the mapping; a copy where the offset is not aligned for the dtype."""
@@ -138,13 +156,13 @@ class Stored:
         malformed(self.file.path, what, tensor=self.name, offset=self.offset)
 
 
-def parse_json(text: bytes, file: Path, *, start: int = 0) -> dict[str, Any]:
+def parse_json(text: bytes, mapped: MappedFile, *, start: int = 0) -> dict[str, Any]:
     """Parse a JSON object whose keys are unique at every level.
 
     Parameters
     ----------
     text : bytes
-    file : Path
+    mapped : MappedFile
     start : int
         Where in the file the text begins, for the error.
 
@@ -153,8 +171,10 @@ def parse_json(text: bytes, file: Path, *, start: int = 0) -> dict[str, Any]:
     FormatError
         If it isn't UTF-8, isn't JSON, isn't an object, has a key twice, NaN or infinity, or nests too deeply.
     """
+    file = mapped.path
     if len(text) > MAX_JSON:
         malformed(file, f"{len(text)} bytes of JSON, more than the {MAX_JSON} that are read", offset=start)
+    mapped.check_memory(sum(map(text.count, (b"{", b"[", b",", b'"'))), _JSON_BYTES, "JSON values")
     try:
         found = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
@@ -175,7 +195,7 @@ def read_json(path: Path) -> dict[str, Any]:
     file = MappedFile(path)
     if file.size > MAX_JSON:
         malformed(path, f"{file.size} bytes of JSON, more than the {MAX_JSON} that are read", offset=0)
-    return parse_json(file.buffer[:], path)
+    return parse_json(file.buffer[:], file)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from quantcore.formats import gguf_blocks
 from quantcore.formats.checkpoint import Entry
-from quantcore.formats.files import MappedFile, malformed
+from quantcore.formats.files import ENTRY_BYTES, MappedFile, malformed
 
 __all__ = ["MAGIC", "Strings", "read_checkpoint"]
 
@@ -197,6 +197,7 @@ def _read_file(file: MappedFile) -> tuple[dict[str, Entry], dict[str, Any]]:
     # A pair takes at least 13 bytes, a tensor 32: neither loop can run longer than the file.
     if pairs * 13 + tensors * 24 > file.size:
         cursor.malformed(f"{tensors} tensors and {pairs} key-value pairs don't fit into {file.size} bytes", offset=8)
+    file.check_memory(tensors + pairs, ENTRY_BYTES, "tensors and key-value pairs")
     metadata: dict[str, Any] = {}
     for _ in range(pairs):
         begin = cursor.at

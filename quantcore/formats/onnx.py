@@ -19,7 +19,7 @@ from quantcore.bitstream import unpack
 from quantcore.errors import FormatError, UnsupportedError
 from quantcore.formats.affine import FLOATS, check_finite, from_zero_points, scheme_of
 from quantcore.formats.checkpoint import Entry, dense
-from quantcore.formats.files import MAX_RANK, Array, MappedFile, Stored, malformed
+from quantcore.formats.files import ENTRY_BYTES, MAX_RANK, Array, MappedFile, Stored, malformed
 from quantcore.formats.protobuf import Field, Message
 from quantcore.tensor import QuantizedTensor
 
@@ -31,6 +31,10 @@ _NODE, _INITIALIZER = 1, 5
 _INPUT, _OP_TYPE, _ATTRIBUTE, _DOMAIN = 1, 4, 5, 7
 _ATTRIBUTE_NAME, _ATTRIBUTE_INT = 1, 3
 _DIMS, _DATA_TYPE, _FLOAT_DATA, _NAME, _RAW_DATA, _EXTERNAL, _LOCATION = 1, 2, 4, 8, 9, 13, 14
+
+# More than MatMulNBits has; nodes of other kinds are passed over.
+_MAX_INPUTS: Final = 8
+_MAX_ATTRIBUTES: Final = 32
 
 _DTYPES: Final = {
     1: ("FLOAT", np.dtype("<f4")),
@@ -106,8 +110,10 @@ def entries(file: MappedFile, *, exact: bool) -> dict[str, Entry]:
                 node = _node(graph.inner(item))
                 if node is not None:
                     nodes.append(node)
+                    file.check_memory(len(nodes), ENTRY_BYTES, "nodes")
             elif item.number == _INITIALIZER:
                 name, tensor = _initializer(file, graph.inner(item))
+                file.check_memory(len(tensors), ENTRY_BYTES, "initialisers")
                 if name in tensors:
                     malformed(file.path, "another initialiser has the same name", tensor=name, offset=item.start)
                 tensors[name] = tensor
@@ -135,13 +141,13 @@ def _node(message: Message) -> _Node | None:
     op_type = domain = ""
     attributes: list[Field] = []
     for part in message:
-        if part.number == _INPUT:
+        if part.number == _INPUT and len(found.inputs) < _MAX_INPUTS:
             found.inputs.append(message.text(part))
         elif part.number == _OP_TYPE:
             op_type = message.text(part)
         elif part.number == _DOMAIN:
             domain = message.text(part)
-        elif part.number == _ATTRIBUTE:
+        elif part.number == _ATTRIBUTE and len(attributes) < _MAX_ATTRIBUTES:
             attributes.append(part)
     if (op_type, domain) != ("MatMulNBits", "com.microsoft"):
         return None
@@ -174,7 +180,8 @@ def _initializer(file: MappedFile, message: Message) -> tuple[str, Stored | Entr
             found.location = message.number(part)
         elif part.number == _EXTERNAL:
             key, value = _pair(message.inner(part))
-            found.external[key] = value
+            if key in ("location", "offset", "length"):
+                found.external[key] = value
         elif part.number == _RAW_DATA or (part.number == _FLOAT_DATA and part.kind == 2):
             found.data = part
         elif part.number in (_FLOAT_DATA, 5, 6, 7, 10, 11):

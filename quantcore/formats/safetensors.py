@@ -12,7 +12,7 @@ from typing import Any, Final
 import ml_dtypes
 import numpy as np
 
-from quantcore.formats.files import MAX_RANK, MappedFile, Stored, malformed, parse_json
+from quantcore.formats.files import ENTRY_BYTES, MAX_JSON, MAX_RANK, MappedFile, Stored, malformed, parse_json
 
 __all__ = ["DTYPES", "looks_like", "read_header"]
 
@@ -56,7 +56,10 @@ def read_header(file: MappedFile) -> tuple[dict[str, Stored], dict[str, str]]:
     file.check(0, _PREFIX, "the header's length")
     (length,) = struct.unpack_from("<Q", file.buffer)
     file.check(_PREFIX, length, "the header")
-    header = parse_json(file.buffer[_PREFIX : _PREFIX + length], file.path, start=_PREFIX)
+    if length > MAX_JSON:
+        malformed(file.path, f"a header of {length} bytes, more than the {MAX_JSON} that are read", offset=0)
+    header = parse_json(file.buffer[_PREFIX : _PREFIX + length], file, start=_PREFIX)
+    file.check_memory(len(header), ENTRY_BYTES, "tensors")
     metadata = _metadata(header.pop("__metadata__", {}), file)
     data = _PREFIX + length
     tensors = [_stored(file, name, entry, data) for name, entry in header.items()]

@@ -7,6 +7,7 @@ import os
 import re
 import struct
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from safetensors.numpy import save
 
 import quantcore as qc
+from quantcore.formats import files
 
 U32, U64 = struct.Struct("<I"), struct.Struct("<Q")
 HUGE = (1 << 64) - 1
@@ -278,9 +280,46 @@ def test_configs_of_wrong_types(tmp_path: Path, format: str, value: Any) -> None
         assert str(path) in message
 
 
-def test_memory_of_a_vocabulary_stays_in_the_file(tmp_path: Path) -> None:
-    import tracemalloc
+def bomb(kind: str, size: int) -> bytes:
+    """A file of about that size that is all header, every few bytes of it an object."""
+    if kind == "lists":
+        text = b'{"a":[' + b"[]," * (size // 3) + b"[]]}"
+        return U64.pack(len(text)) + text
+    if kind == "tensors":
+        entries = (b'"%x":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % i for i in range(size // 52))
+        text = b"{" + b",".join(entries) + b"}"
+        return U64.pack(len(text)) + text
+    if kind == "gguf":
+        infos = [info(f"{i:x}", (0,)) for i in range(size // 40)]
+        return gguf(infos)
+    initialisers = b"".join(b"\x2a\x0a\x08\x00\x10\x02\x42\x04%04x" % i for i in range(1 << 16))
+    many = initialisers * (size // len(initialisers))
+    return b"\x08\x0a\x3a" + varint(len(many)) + many
 
+
+def varint(number: int) -> bytes:
+    found = bytearray()
+    while number > 127:
+        found.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*found, number])
+
+
+@pytest.mark.parametrize("kind", ["lists", "tensors", "gguf", "onnx"])
+def test_memory_of_a_file_that_is_all_header(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_ALLOWANCE", 1 << 20)
+    path = tmp_path / "m"
+    path.write_bytes(bomb(kind, 4 << 20))
+    tracemalloc.start()
+    try:
+        assert re.search("more than any model has|the same name", load(path))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * path.stat().st_size + (2 << 20)
+
+
+def test_memory_of_a_vocabulary_stays_in_the_file(tmp_path: Path) -> None:
     count = 200_000
     words = U32.pack(8) + U64.pack(count) + b"".join(string(f"{i:x}") for i in range(count))
     path = tmp_path / "m.gguf"
