@@ -1,8 +1,8 @@
 """Products of rows of x, made integers, with packed rows, on NumPy arrays: which kernels, and what they are told."""
 
-from functools import cache
+from functools import cache, lru_cache
 from types import SimpleNamespace
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +17,7 @@ __all__ = ["Weight", "has_byte_dot", "product", "serves"]
 Array: TypeAlias = np.ndarray[Any, Any]
 
 _KINDS: Final = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
+_FLOAT32: Final = np.dtype(np.float32)
 _UINT32: Final = np.dtype(np.uint32)
 _OVERREAD: Final = 48
 """Bytes behind a row's codes that a vector may read where codes cross words."""
@@ -24,8 +25,8 @@ _MANY: Final = 5
 """Rows of x from which it pays to lay the weight in tiles."""
 _MOST: Final = 512
 """Rows of x in one go, which bounds the scratch memory."""
-_PLANS: Final = 32
-"""Plans that a weight keeps, one for each number of rows."""
+_PLANS: Final = 512
+"""Plans that are kept, one for each shape of a weight and number of rows."""
 _ROUNDED_TOGETHER: Final = 16
 """Rows of x from which threads share in rounding them."""
 _WHOLE_ROW: Final = 1 << 40
@@ -66,8 +67,21 @@ def has_byte_dot(scheme: Scheme) -> bool:
     )
 
 
+class _Geometry(NamedTuple):
+    """All of a weight but its memory: what a plan depends on."""
+
+    scheme: Scheme
+    columns: int
+    rows: int
+    words: int
+    groups: int
+    packed_row: int
+    scale_row: int
+    kind: int
+
+
 class Weight:
-    """A packed matrix as the kernels take it: arrays that they can read, and how products with it go.
+    """A packed matrix as the kernels take it: arrays that they can read.
 
     Parameters
     ----------
@@ -77,37 +91,30 @@ class Weight:
     in_features : int
     """
 
-    def __init__(self, packed: Array, scales: Array, biases: Array, scheme: Scheme, in_features: int) -> None:
-        dtype = np.dtype(np.float32) if scales.dtype != biases.dtype else scales.dtype.newbyteorder("=")
-        if dtype not in _KINDS:
-            dtype = np.dtype(np.float32)
-        self.kind, self.scheme, self.in_features = _KINDS[dtype], scheme, in_features
-        self.packed = rows_in_memory(packed, _UINT32)
-        self.scales, self.biases = rows_in_memory(scales, dtype), rows_in_memory(biases, dtype)
-        if self.scales.strides != self.biases.strides:
-            self.scales, self.biases = np.ascontiguousarray(scales, dtype), np.ascontiguousarray(biases, dtype)
-        self._plans: dict[tuple[int, int], _Plan] = {}
+    __slots__ = ("_held", "addresses", "geometry", "packed")
 
-    def plan(self, width: int, rows: int) -> "_Plan":
-        """How a product of so many rows, as integers of `width` bits, goes."""
-        found = self._plans.get((width, rows))
-        if found is None:
-            if len(self._plans) >= _PLANS:
-                self._plans.clear()
-            found = self._plans[width, rows] = _Plan(self, width, rows)
-        return found
+    def __init__(self, packed: Array, scales: Array, biases: Array, scheme: Scheme, in_features: int) -> None:
+        dtype = scales.dtype if scales.dtype == biases.dtype and scales.dtype in _KINDS else _FLOAT32
+        self.packed = rows_in_memory(packed, _UINT32)
+        scales, biases = rows_in_memory(scales, dtype), rows_in_memory(biases, dtype)
+        if scales.strides != biases.strides:
+            scales, biases = np.ascontiguousarray(scales), np.ascontiguousarray(biases)
+        self._held = scales, biases
+        self.addresses = self.packed.ctypes.data, scales.ctypes.data, biases.ctypes.data
+        (rows, words), groups = self.packed.shape, scales.shape[1]
+        rows_apart = self.packed.strides[0], scales.strides[0]
+        self.geometry = _Geometry(scheme, in_features, rows, words, groups, *rows_apart, _KINDS[dtype])
 
 
 class _Plan:
     """Kernels, where what lies in scratch memory, and a job that lacks only what a call fills in."""
 
-    def __init__(self, weight: Weight, width: int, rows: int) -> None:
+    def __init__(self, geometry: _Geometry, width: int, rows: int) -> None:
         modules = _compiled()
-        scheme, columns = weight.scheme, weight.in_features
+        scheme, columns, outputs, words, groups, packed_row, scale_row, kind = geometry
         bits, group = scheme.bits, scheme.group_size
-        outputs, words = weight.packed.shape
-        groups, run = weight.scales.shape[1], modules.activations.run_length(group)
-        self.weight, self.rows, self.height = weight, rows, _block_height(rows)
+        run = modules.activations.run_length(group)
+        self.rows, self.height = rows, _block_height(rows)
         self.threads = native_pool().threads if rows * columns * outputs >= _THREADED else 1
         if self.height:
             tiles = modules.tiles
@@ -125,29 +132,25 @@ class _Plan:
         else:
             step = modules.activations.step_codes(bits, run)
             steps, in_step = -(-columns // step), max(1, step // (group or step))
-            kernel = modules.rows.four_rows(bits, weight.kind, run, in_step, width)
+            kernel = modules.rows.four_rows(bits, kind, run, in_step, width)
             rounder = modules.activations.rounder(bits, run, width, 0)
             shift, tile_words = max(1, (group or step) // step).bit_length() - 1, 0
             reads = steps * step * bits // 8
             codes, scales, sums = steps * step * width // 8, steps * modules.lanes * 4, groups * 4
             scratch, parts = 0, outputs
             part = max(16, parts // (8 * self.threads) // 4 * 4)
-        stride = weight.packed.strides[0]
         beyond = reads + (_OVERREAD if 32 % bits else 0) - 4 * words
-        self.copied = 0 if beyond <= 0 else min(outputs, -(-beyond // stride) if stride else outputs)
+        self.copied = 0 if beyond <= 0 else min(outputs, -(-beyond // packed_row) if packed_row else outputs)
         self.copy_row = _whole_lines(4 * words + max(0, beyond))
         values = {
             "out_features": outputs,
             "in_features": columns,
             "groups": groups,
             "out_row": 4 * outputs,
-            "packed": weight.packed.ctypes.data,
-            "scales": weight.scales.ctypes.data,
-            "biases": weight.biases.ctypes.data,
-            "packed_row": stride,
-            "scale_row": weight.scales.strides[0],
-            "scale_step": weight.scales.itemsize if group else 0,
-            "kind": weight.kind,
+            "packed_row": packed_row,
+            "scale_row": scale_row,
+            "scale_step": (4, 2, 2)[kind] if group else 0,
+            "kind": kind,
             "group": group or _WHOLE_ROW,
             "group_shift": shift,
             "group_runs": (group or _WHOLE_ROW) // run,
@@ -159,7 +162,7 @@ class _Plan:
             "tile_words": tile_words,
             "scratch_size": scratch,
         }
-        self.fixed = np.array([values[name] for name in modules.job.WEIGHT], np.int64)
+        self.fixed = np.array([values[name] for name in modules.job.PLAN], np.int64)
         space = (rows + 3) // 4 * 4
         sizes = [modules.job.JOB.itemsize, codes * space, scales * space, sums * space, self.copied * self.copy_row]
         self.places = np.cumsum([_whole_lines(size) for size in sizes]).tolist()
@@ -170,7 +173,7 @@ class _Plan:
         self.kernels = (rounder.address, rows, rounded, kernel.address, parts, part)
         self._held = rounder, kernel
 
-    def run(self, x: Array, out: Array) -> bool:
+    def run(self, x: Array, weight: Weight, out: Array) -> bool:
         """Compute ``out = x @ w.T``; whether integers served, so that `out` is right."""
         modules = _compiled()
         memory = self.allocate(self.size, np.uint8)
@@ -187,18 +190,22 @@ class _Plan:
             start + codes,
             start + scales,
             start + sums,
+            *weight.addresses,
             start + copy,
             start + scratch,
             0,
         )
         job[modules.call :] = self.fixed
         if self.copied:
-            packed = self.weight.packed
+            packed = weight.packed
             room = memory[shift + copy : shift + scratch].view(np.uint32)[: self.copied * self.copy_row // 4]
             room.reshape(self.copied, -1)[:, : packed.shape[1]] = packed[packed.shape[0] - self.copied :]
         pool = native_pool().address if self.threads > 1 else 0
         modules.in_turn(pool, start, 8 * (modules.call - 1), *self.kernels)
         return not job[modules.call - 1]
+
+
+_plan = lru_cache(_PLANS)(_Plan)
 
 
 def product(x: Array, weight: Weight, width: int) -> Array | None:
@@ -219,10 +226,10 @@ def product(x: Array, weight: Weight, width: int) -> Array | None:
     rows = x.shape[0]
     out = np.empty((rows, weight.packed.shape[0]), np.float32)
     if rows <= _MOST:
-        return out if weight.plan(width, rows).run(x, out) else None
+        return out if _plan(weight.geometry, width, rows).run(x, weight, out) else None
     for start in range(0, rows, _MOST):
         part = x[start : start + _MOST]
-        if not weight.plan(width, part.shape[0]).run(part, out[start : start + _MOST]):
+        if not _plan(weight.geometry, width, part.shape[0]).run(part, weight, out[start : start + _MOST]):
             return None
     return out
 

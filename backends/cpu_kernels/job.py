@@ -11,7 +11,7 @@ __all__ = [
     "COMPILED",
     "JOB",
     "KERNEL",
-    "WEIGHT",
+    "PLAN",
     "addresses_at",
     "bytes_at",
     "floats_at",
@@ -34,6 +34,10 @@ CALL: Final = (
     "codes",
     "code_scales",
     "sums",
+    # the weight
+    "packed",
+    "scales",
+    "biases",
     # the copy of the weight's last rows, and scratch memory for each thread
     "copy",
     "scratch",
@@ -42,14 +46,11 @@ CALL: Final = (
 )
 """Fields that a call fills in. Addresses and strides are in bytes."""
 
-WEIGHT: Final = (
+PLAN: Final = (
     "out_features",
     "in_features",
     "groups",
     "out_row",
-    "packed",
-    "scales",
-    "biases",
     "packed_row",
     "scale_row",
     "scale_step",
@@ -67,9 +68,9 @@ WEIGHT: Final = (
     "tile_words",
     "scratch_size",
 )
-"""Fields that stay the same for a weight and a number of rows."""
+"""Fields that follow from shapes and strides."""
 
-JOB: Final = np.dtype([(name, np.int64) for name in (*CALL, *WEIGHT)])
+JOB: Final = np.dtype([(name, np.int64) for name in (*CALL, *PLAN)])
 KERNEL: Final = types.void(types.intp, types.intp, types.intp, types.intp)
 """Signature of a kernel: the job's address, the thread's number, the first and the end of its part."""
 

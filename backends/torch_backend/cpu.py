@@ -80,7 +80,7 @@ def dot(
 ) -> Tensor:
     """See :func:`quantcore_backends.cpu_kernels.dot`."""
     qw = _weight(packed, scales, biases, scheme, in_features, transposed)
-    return from_numpy(cpu_kernels.dot(to_numpy(x), qw, numpy_dtype(dtype), exact=precision == "highest"))
+    return from_numpy(cpu_kernels.dot(to_numpy(x), qw, numpy_dtype(dtype), precision))
 
 
 def gather_dot(
@@ -99,7 +99,7 @@ def gather_dot(
     """See :func:`quantcore_backends.cpu_kernels.gather_dot`."""
     qw = _weight(packed, scales, biases, scheme, in_features, transposed)
     operands = (to_numpy(x), qw, to_numpy(lhs), to_numpy(rhs), numpy_dtype(dtype))
-    return from_numpy(cpu_kernels.gather_dot(*operands, exact=precision == "highest"))
+    return from_numpy(cpu_kernels.gather_dot(*operands, precision))
 
 
 def _weight(
