@@ -57,8 +57,8 @@ class Parts:
             if needed:
                 self.first.malformed(f"there is no {self.module}.{suffix} beside it")
             return None
-        if dtypes and stored.dtype.name not in dtypes:
-            stored.malformed(f"dtype {stored.dtype.name}; expected {' or '.join(dtypes)}")
+        if dtypes and stored.dtype_name not in dtypes:
+            stored.malformed(f"dtype {stored.dtype_name}; expected {' or '.join(dtypes)}")
         if rank is not None and len(stored.shape) != rank:
             stored.malformed(f"shape {stored.shape}; expected {rank} axes")
         return stored

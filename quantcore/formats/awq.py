@@ -69,7 +69,7 @@ def _entry(parts: Parts, group_size: int | None, exact: bool) -> Entry:
         scale, zero = np.ascontiguousarray(scale.T), np.ascontiguousarray(zero.T)
         return from_zero_points(qweight, packed, scale, zero, scheme, in_features, exact=exact)
 
-    return parts.entry("AWQ", (out, in_features), scheme, scales.dtype.name, read)
+    return parts.entry("AWQ", (out, in_features), scheme, scales.dtype_name, read)
 
 
 def _columns(words: Array) -> Array:

@@ -6,8 +6,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
 from quantcore.scheme import Scheme
 from quantcore.tensor import QuantizedTensor
 from quantcore.transfer import to_library
@@ -151,4 +149,4 @@ def renamed(entries: Mapping[str, Entry], rename: Callable[[str], str]) -> dict[
 
 def dense(stored: Any) -> Entry:
     """The entry of a tensor that is stored as it is."""
-    return Entry(stored.shape, np.dtype(stored.dtype).name, stored.kind, stored.nbytes, None, stored.array)
+    return Entry(stored.shape, stored.dtype_name, stored.kind, stored.nbytes, None, stored.array)

@@ -90,7 +90,7 @@ def _entry(parts: Parts, bits: int, group_size: int | None, per_tensor: bool, ex
         canonical = _without_spare_bits(words, in_features * bits)
         return from_zero_points(packed, canonical, scales, zeros, scheme, in_features, exact=exact)
 
-    return parts.entry("compressed-tensors", (out, in_features), scheme, scale.dtype.name, read)
+    return parts.entry("compressed-tensors", (out, in_features), scheme, scale.dtype_name, read)
 
 
 def _shape(parts: Parts, packed: Stored) -> tuple[int, int]:

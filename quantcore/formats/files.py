@@ -12,6 +12,7 @@ from typing import Any, Final, NoReturn, TypeAlias
 
 import numpy as np
 
+from quantcore.dtypes import dtype_name
 from quantcore.errors import FormatError
 
 __all__ = ["MAX_RANK", "Array", "MappedFile", "Stored", "malformed", "parse_json", "read_json"]
@@ -131,6 +132,11 @@ class Stored:
     shape: tuple[int, ...]
     offset: int
     kind: str
+
+    @property
+    def dtype_name(self) -> str:
+        """Name of the dtype; NumPy itself takes microseconds to spell it."""
+        return dtype_name(self.dtype)
 
     @property
     def nbytes(self) -> int:

@@ -85,7 +85,7 @@ def _entry(parts: Parts, told: tuple[int, int | None] | None, first_version: boo
         scale, zeros = np.ascontiguousarray(scale.T), np.ascontiguousarray(zeros.T)
         return from_zero_points(qweight, packed, scale, zeros, scheme, in_features, exact=exact)
 
-    return parts.entry("GPTQ", (out, in_features), scheme, scales.dtype.name, read)
+    return parts.entry("GPTQ", (out, in_features), scheme, scales.dtype_name, read)
 
 
 def _check_order(g_idx: Stored, group: int) -> None:

@@ -93,7 +93,7 @@ def _entry(parts: Parts, exact: bool) -> Entry:
         check_finite(zero, zeros)
         return from_zero_points(w_q, pack(codes, bits), scales, zeros, scheme, in_features, exact=exact)
 
-    return parts.entry("HQQ", shape, scheme, scale.dtype.name, read)
+    return parts.entry("HQQ", shape, scheme, scale.dtype_name, read)
 
 
 def _codes(raw: Array, bits: int, lanes: int) -> Array:
@@ -111,7 +111,7 @@ def _number(parts: Parts, suffix: str, default: int | None = None) -> int:
         assert default is not None
         return default
     if stored.dtype.kind not in "iub" or math.prod(stored.shape) != 1:
-        stored.malformed(f"expected one integer, not {stored.dtype.name} of shape {stored.shape}")
+        stored.malformed(f"expected one integer, not {stored.dtype_name} of shape {stored.shape}")
     return int(stored.array().reshape(-1)[0])
 
 

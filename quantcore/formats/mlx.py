@@ -64,7 +64,7 @@ def override_names(values: Mapping[str, Any], rename: Renamer) -> dict[str, Any]
 def _is_quantized(tensors: Mapping[str, Stored], name: str) -> bool:
     module, dot, suffix = name.rpartition(".")
     weight = tensors.get(f"{module}.weight")
-    return bool(dot) and suffix == "scales" and weight is not None and weight.dtype.name == "uint32"
+    return bool(dot) and suffix == "scales" and weight is not None and weight.dtype_name == "uint32"
 
 
 def _is_override(value: Any) -> bool:
@@ -127,8 +127,8 @@ def _entry(tensors: Mapping[str, Stored], module: str, settings: Settings) -> En
     if biases is None:
         scales.malformed(f"there is no {module}.biases beside it")
     for part in (scales, biases):
-        if part.dtype.name not in FLOATS or part.shape != scales.shape:
-            part.malformed(f"{part.dtype.name} of shape {part.shape}; expected floats of shape {scales.shape}")
+        if part.dtype_name not in FLOATS or part.shape != scales.shape:
+            part.malformed(f"{part.dtype_name} of shape {part.shape}; expected floats of shape {scales.shape}")
     scheme = scheme_of(packed, bits, group, -1)
 
     def read() -> QuantizedTensor:
@@ -137,7 +137,7 @@ def _entry(tensors: Mapping[str, Stored], module: str, settings: Settings) -> En
         check_finite(biases, leaves[2])
         return QuantizedTensor(*leaves, scheme, in_features)
 
-    dtype = scales.dtype.name if scales.dtype == biases.dtype else "float32"
+    dtype = scales.dtype_name if scales.dtype == biases.dtype else "float32"
     return Entry(shape, dtype, "MLX", nbytes, scheme, read)
 
 

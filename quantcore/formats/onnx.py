@@ -278,7 +278,7 @@ def _weight(file: MappedFile, node: _Node, tensors: dict[str, Stored | Entry], e
         given = tensors.get(node.input(3))
         packed = isinstance(given, Stored) and given.dtype == np.uint8
         count = out * (zero_bytes if packed else blocks)
-        zeros = _part(tensors, node.input(3), ("uint8",) if packed else (scales.dtype.name,), count, bad)
+        zeros = _part(tensors, node.input(3), ("uint8",) if packed else (scales.dtype_name,), count, bad)
 
     def read() -> QuantizedTensor:
         packed = _row_words(codes.array().reshape(out, -1), in_features * bits)
@@ -294,7 +294,7 @@ def _weight(file: MappedFile, node: _Node, tensors: dict[str, Stored | Entry], e
         return from_zero_points(codes, packed, scale, zero, scheme, in_features, exact=exact)
 
     nbytes = codes.nbytes + scales.nbytes + (zeros.nbytes if zeros else 0)
-    return Entry((out, in_features), scales.dtype.name, "MatMulNBits", nbytes, scheme, read)
+    return Entry((out, in_features), scales.dtype_name, "MatMulNBits", nbytes, scheme, read)
 
 
 def _part(
@@ -303,8 +303,8 @@ def _part(
     stored = tensors.get(name)
     if not isinstance(stored, Stored):
         bad(f"its input {name!r} is no initialiser that is read")
-    if stored.dtype.name not in dtypes or math.prod(stored.shape) != count:
-        stored.malformed(f"{stored.dtype.name} of shape {stored.shape}; expected {count} {' or '.join(dtypes)}")
+    if stored.dtype_name not in dtypes or math.prod(stored.shape) != count:
+        stored.malformed(f"{stored.dtype_name} of shape {stored.shape}; expected {count} {' or '.join(dtypes)}")
     return stored
 
 
