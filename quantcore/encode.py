@@ -212,10 +212,10 @@ def _check_together(parts: dict[str, Any]) -> None:
                 f"quantized_tensor: packed is a {library} array and {name} of {arrays.library_of(part)}; all three "
                 "must be of one library (quantcore.to_library moves an array)"
             )
-        if arrays.device_of(part) != device:
+        other = arrays.device_of(part)
+        if other != device and None not in (other, device):  # None: traced
             raise TypeError(
-                f"quantized_tensor: packed is on {device} and {name} on {arrays.device_of(part)}; all three must be "
-                "on one device"
+                f"quantized_tensor: packed is on {device} and {name} on {other}; all three must be on one device"
             )
 
 
