@@ -615,7 +615,7 @@ def test_plugin_modules_import_no_framework() -> None:
     lines = run(f"""
 import sys
 import quantcore_backends.mlx_backend, quantcore_backends.array_api_backend, quantcore_backends.numpy_backend
-import quantcore_backends.torch_backend
+import quantcore_backends.jax_backend, quantcore_backends.torch_backend
 roots = {{name.partition(".")[0] for name in sys.modules}}
 print(sorted(roots & set({FRAMEWORKS!r})))
 """)

@@ -8,7 +8,7 @@ KEPT = 24
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the compiled kit slow, but for every 24th of its tests."""
-    compiled = [item for item in items if isinstance(item, pytest.Function) and "Compiled" in item.cls.__name__]
+    compiled = [item for item in items if "Compiled" in getattr(getattr(item, "cls", None), "__name__", "")]
     for place, item in enumerate(compiled):
         if place % KEPT:
             item.add_marker(pytest.mark.slow)
