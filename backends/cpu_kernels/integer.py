@@ -38,12 +38,11 @@ _THREADED: Final = 1 << 19
 @cache
 def _compiled() -> SimpleNamespace:
     """The modules that import Numba, with what is needed of them."""
-    from quantcore_backends.cpu_kernels import activations, job, kernels_int, kernels_tiles, pool, simd_int, vectors
+    from quantcore_backends.cpu_kernels import activations, calls, job, kernels_int, kernels_tiles, simd_int, vectors
 
     return SimpleNamespace(
         activations=activations,
-        call=len(job.CALL),
-        in_turn=pool.in_turn,
+        call=calls.call,
         job=job,
         lanes=vectors.LANES,
         rows=kernels_int,
@@ -114,7 +113,7 @@ class _Plan:
         scheme, columns, outputs, words, groups, packed_row, scale_row, kind = geometry
         bits, group = scheme.bits, scheme.group_size
         run = modules.activations.run_length(group)
-        self.rows, self.height = rows, _block_height(rows)
+        self.height = _block_height(rows)
         self.threads = native_pool().threads if rows * columns * outputs >= _THREADED else 1
         if self.height:
             tiles = modules.tiles
@@ -142,7 +141,13 @@ class _Plan:
         beyond = reads + (_OVERREAD if 32 % bits else 0) - 4 * words
         self.copied = 0 if beyond <= 0 else min(outputs, -(-beyond // packed_row) if packed_row else outputs)
         self.copy_row = _whole_lines(4 * words + max(0, beyond))
+        space = (rows + 3) // 4 * 4
+        sizes = [modules.job.JOB.itemsize, codes * space, scales * space, sums * space, self.copied * self.copy_row]
+        places = np.cumsum([_whole_lines(size) for size in sizes]).tolist()
         values = {
+            "x_row": 4 * columns,
+            "rows": rows,
+            **dict(zip(("codes", "code_scales", "sums", "copy", "scratch"), places, strict=True)),
             "out_features": outputs,
             "in_features": columns,
             "groups": groups,
@@ -162,47 +167,20 @@ class _Plan:
             "tile_words": tile_words,
             "scratch_size": scratch,
         }
-        self.fixed = np.array([values[name] for name in modules.job.PLAN], np.int64)
-        space = (rows + 3) // 4 * 4
-        sizes = [modules.job.JOB.itemsize, codes * space, scales * space, sums * space, self.copied * self.copy_row]
-        self.places = np.cumsum([_whole_lines(size) for size in sizes]).tolist()
-        self.size = self.places[-1] + scratch * self.threads + 64
+        rounded = max(self.height, rows // (4 * self.threads) // 4 * 4) if rows >= _ROUNDED_TOGETHER else rows
+        turns = [4 * words, rounder.address, rows, rounded, kernel.address, parts, part]
+        self.template = np.array([*(values.get(name, 0) for name in modules.job.JOB.names), *turns], np.int64)
+        self.size = places[-1] + scratch * self.threads + 64
         # Rows that fill up the last block are zero, lest they be slow to compute with.
         self.allocate = np.zeros if self.height and rows % 4 else np.empty
-        rounded = max(self.height, rows // (4 * self.threads) // 4 * 4) if rows >= _ROUNDED_TOGETHER else rows
-        self.kernels = (rounder.address, rows, rounded, kernel.address, parts, part)
         self._held = rounder, kernel
 
     def run(self, x: Array, weight: Weight, out: Array) -> bool:
         """Compute ``out = x @ w.T``; whether integers served, so that `out` is right."""
-        modules = _compiled()
         memory = self.allocate(self.size, np.uint8)
-        start = memory.ctypes.data
-        shift = -start & 63
-        start += shift
-        codes, scales, sums, copy, scratch = self.places
-        job = memory[shift : shift + modules.job.JOB.itemsize].view(np.int64)
-        job[: modules.call] = (
-            x.ctypes.data,
-            x.strides[0],
-            out.ctypes.data,
-            self.rows,
-            start + codes,
-            start + scales,
-            start + sums,
-            *weight.addresses,
-            start + copy,
-            start + scratch,
-            0,
-        )
-        job[modules.call :] = self.fixed
-        if self.copied:
-            packed = weight.packed
-            room = memory[shift + copy : shift + scratch].view(np.uint32)[: self.copied * self.copy_row // 4]
-            room.reshape(self.copied, -1)[:, : packed.shape[1]] = packed[packed.shape[0] - self.copied :]
         pool = native_pool().address if self.threads > 1 else 0
-        modules.in_turn(pool, start, 8 * (modules.call - 1), *self.kernels)
-        return not job[modules.call - 1]
+        served: bool = _compiled().call(pool, x, out, memory, self.template, *weight.addresses)
+        return served
 
 
 _plan = lru_cache(_PLANS)(_Plan)
@@ -213,7 +191,7 @@ def product(x: Array, weight: Weight, width: int) -> Array | None:
 
     Parameters
     ----------
-    x : array, shape (M, K), float32, rows in one piece each
+    x : array, shape (M, K), float32, C-contiguous
     weight : Weight
         Of shape (N, K).
     width : int

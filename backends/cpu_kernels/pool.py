@@ -22,7 +22,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["CPUS", "MOST_WORKERS", "POOL_BYTES", "in_turn", "keep_apart", "parallel", "prepare", "stop", "work"]
+__all__ = ["CPUS", "MOST_WORKERS", "POOL_BYTES", "keep_apart", "parallel", "prepare", "stop", "work"]
 
 MOST_WORKERS: Final = 255
 CPUS: Final = 640
@@ -289,11 +289,3 @@ def parallel(pool, function, job, count, block):
         else:
             _yield()
     _store(pool + _BUSY, 0)
-
-
-@njit(**_OPTIONS)
-def in_turn(pool, job, refused, first, first_count, first_block, second, second_count, second_block):
-    """Two kernels on one job, the second unless the first has set the word at byte `refused` of the job."""
-    parallel(pool if first_count > first_block else 0, first, job, first_count, first_block)
-    if _load(job + refused) == 0:
-        parallel(pool, second, job, second_count, second_block)

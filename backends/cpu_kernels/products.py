@@ -45,6 +45,9 @@ def dot(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any], precision: str = "d
     -------
     array, shape (..., M, N), or (N,)
     """
+    product = _rounded_product(x, qw, dtype, precision)
+    if product is not None:
+        return product
     plan = _Plan.of(x, qw, dtype, precision)
     out_features, contracted = qw.shape[-2:]
     stack = qw.shape[:-2]
@@ -54,6 +57,30 @@ def dot(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any], precision: str = "d
         result = _matrix(rows, _leaves(qw, 1), plan)
         return result.reshape((*batch, x.shape[-2], out_features) if stack else (*batch, out_features))
     return _stacked(np.asarray(x, plan.work), plan)
+
+
+def _rounded_product(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any], precision: str) -> Array | None:
+    """The usual case, kept short: one matrix, and x in float32 that integers serve. None in any other."""
+    packed = qw.packed
+    if precision == "highest" or packed.ndim != 2 or x.dtype != FLOAT32 or dtype == _FLOAT64 or not x.size:
+        return None
+    if qw.transposed or not integer.serves(qw.scheme):
+        return None
+    rows = np.ascontiguousarray(x)
+    if x.ndim != 2:
+        rows = rows.reshape(-1, x.shape[-1])
+    weight = _weight(qw, (packed, qw.scales, qw.biases))
+    product = None
+    if precision == "fast" and integer.has_byte_dot(qw.scheme):
+        product = integer.product(rows, weight, 8)
+    if product is None:
+        product = integer.product(rows, weight, 16)
+    if product is None:
+        return None
+    if dtype != FLOAT32:
+        with np.errstate(over="ignore"):
+            product = product.astype(dtype)
+    return product if x.ndim == 2 else product.reshape(*x.shape[:-1], product.shape[1])
 
 
 def _stacked(x: Array, plan: "_Plan") -> Array:
