@@ -26,6 +26,48 @@ def together(codes, bits):
     return word
 
 
+@njit(**COMPILED)
+def scale_and_bias(low, high, top):
+    scale = max((high - low) / top, np.float32(1e-7))
+    from_low = abs(low) > abs(high)
+    scale = scale if from_low else -scale
+    edge = low if from_low else high
+    steps = np.rint(edge / scale)
+    if steps != 0:
+        return edge / steps, edge
+    return scale, np.float32(0)
+
+
+@njit(**COMPILED, fastmath={"reassoc"})
+def nothing(x):
+    """0, or NaN where an element isn't finite."""
+    total = np.float32(0)
+    for k in range(x.size):
+        total += x[k] * np.float32(0)
+    return total
+
+
+@njit(**COMPILED)
+def ends(x):
+    """Least and greatest element, which are finite."""
+    low = high = splat(x[0])
+    whole = x.size // LANES * LANES
+    for k in range(0, whole, LANES):
+        vector = load(x.ctypes.data + k * 4)
+        low, high = smaller(vector, low), larger(vector, high)
+    bottom, peak = least(low), greatest(high)
+    for k in range(whole, x.size):
+        bottom, peak = min(bottom, x[k]), max(peak, x[k])
+    return bottom, peak
+
+
+@njit(**COMPILED)
+def round_to_codes(x, scale, bias, top, codes):
+    for k in range(x.size):
+        code = np.rint((x[k] - bias) / scale)
+        codes[k] = np.uint8(np.int32(min(max(code, np.float32(0)), top)))
+
+
 @cache
 def encoder(bits: int, kind: int) -> Any:
     """Kernel over rows of float32, float16 or bfloat16 (kinds as in :func:`simd.scale_at`), for 2 bits or more.
@@ -39,44 +81,6 @@ def encoder(bits: int, kind: int) -> Any:
     """
     top = np.float32((1 << bits) - 1)
     size = (4, 2, 2)[kind]
-
-    @njit(**COMPILED)
-    def scale_and_bias(low, high):
-        scale = max((high - low) / top, np.float32(1e-7))
-        from_low = abs(low) > abs(high)
-        scale = scale if from_low else -scale
-        edge = low if from_low else high
-        steps = np.rint(edge / scale)
-        if steps != 0:
-            return edge / steps, edge
-        return scale, np.float32(0)
-
-    @njit(**COMPILED, fastmath={"reassoc"})
-    def nothing(x):
-        """0, or NaN where an element isn't finite."""
-        total = np.float32(0)
-        for k in range(x.size):
-            total += x[k] * np.float32(0)
-        return total
-
-    @njit(**COMPILED)
-    def ends(x):
-        """Least and greatest element, which are finite."""
-        low = high = splat(x[0])
-        whole = x.size // LANES * LANES
-        for k in range(0, whole, LANES):
-            vector = load(x.ctypes.data + k * 4)
-            low, high = smaller(vector, low), larger(vector, high)
-        bottom, peak = least(low), greatest(high)
-        for k in range(whole, x.size):
-            bottom, peak = min(bottom, x[k]), max(peak, x[k])
-        return bottom, peak
-
-    @njit(**COMPILED)
-    def round_to_codes(x, scale, bias, codes):
-        for k in range(x.size):
-            code = np.rint((x[k] - bias) / scale)
-            codes[k] = np.uint8(np.int32(min(max(code, np.float32(0)), top)))
 
     @cfunc(KERNEL, cache=True, **COMPILED)
     def kernel(address, thread, first, last):
@@ -103,9 +107,9 @@ def encoder(bits: int, kind: int) -> Any:
                     scales[g] = biases[g] = np.nan
                     continue
                 low, high = ends(group)
-                scale, bias = scale_and_bias(low, high)
+                scale, bias = scale_and_bias(low, high, top)
                 scales[g], biases[g] = scale, bias
-                round_to_codes(group, scale, bias, codes[start:stop])
+                round_to_codes(group, scale, bias, top, codes[start:stop])
             eights = words_at(codes.ctypes.data, blocks)
             for block in range(blocks):
                 words_at(stream.ctypes.data + block * bits, 1)[0] = together(eights[block], bits)

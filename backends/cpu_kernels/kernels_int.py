@@ -26,6 +26,38 @@ from quantcore_backends.cpu_kernels.vectors import LANES
 __all__ = ["four_rows"]
 
 
+def _biased(kind: int) -> Any:
+    """Function that multiplies a row's biases of a kind by the sums of x."""
+    size = (4, 2, 2)[kind]
+
+    @njit(**COMPILED)
+    def biased(biases, sums, groups):
+        lanes, rest = zero(), 0.0
+        whole = groups // LANES
+        for g in range(whole):
+            lanes = fma(spread(biases + g * LANES * size, kind, LANES), load(sums + g * LANES * 4), lanes)
+        for g in range(whole * LANES, groups):
+            rest += np.float64(scale_at(biases + g * size, kind)) * np.float64(scale_at(sums + g * 4, 0))
+        return rest + total(lanes)
+
+    return biased
+
+
+# A kernel that is cached on disk may close over numbers only: of functions, Numba sees no two that are the same.
+_biased_float32, _biased_float16, _biased_bfloat16 = _biased(0), _biased(1), _biased(2)
+
+
+@njit(**COMPILED)
+def biased(job, n, sums):
+    """Biases of a row times the sums of x."""
+    biases = job.biases + n * job.scale_row
+    if job.kind == 0:
+        return _biased_float32(biases, sums, job.groups)
+    if job.kind == 1:
+        return _biased_float16(biases, sums, job.groups)
+    return _biased_bfloat16(biases, sums, job.groups)
+
+
 @cache
 def four_rows(bits: int, kind: int, run: int, scales: int, width: int) -> Any:
     """Kernel over rows of the weight, four at a time, which share the loads of x.
@@ -35,18 +67,6 @@ def four_rows(bits: int, kind: int, run: int, scales: int, width: int) -> Any:
     step = step_codes(bits, run)
     chunks = step // chunk_codes(bits)
     packed_step, codes_step = step * bits // 8, step * width // 8
-    size = (4, 2, 2)[kind]
-
-    @njit(**COMPILED)
-    def biased(biases, sums, groups):
-        """Biases of a row times the sums of x."""
-        lanes, rest = zero(), 0.0
-        whole = groups // LANES
-        for g in range(whole):
-            lanes = fma(spread(biases + g * LANES * size, kind, LANES), load(sums + g * LANES * 4), lanes)
-        for g in range(whole * LANES, groups):
-            rest += np.float64(scale_at(biases + g * size, kind)) * np.float64(scale_at(sums + g * 4, 0))
-        return rest + total(lanes)
 
     @cfunc(KERNEL, cache=True, **COMPILED)
     def kernel(address, thread, first, last):
@@ -90,9 +110,8 @@ def four_rows(bits: int, kind: int, run: int, scales: int, width: int) -> Any:
                     t3 = fma(a3, spread_valid(s3 + at, kind, scales, valid), t3)
                 sums = job.sums + m * job.sums_row
                 out = floats_at(job.out + m * job.out_row, job.out_features)
-                b = job.biases - job.scales
-                y0, y1 = total(t0) + biased(s0 + b, sums, job.groups), total(t1) + biased(s1 + b, sums, job.groups)
-                y2, y3 = total(t2) + biased(s2 + b, sums, job.groups), total(t3) + biased(s3 + b, sums, job.groups)
+                y0, y1 = total(t0) + biased(job, n, sums), total(t1) + biased(job, n1, sums)
+                y2, y3 = total(t2) + biased(job, n2, sums), total(t3) + biased(job, n3, sums)
                 out[n], out[n1], out[n2], out[n3] = y0, y1, y2, y3
                 if y0 - y0 + y1 - y1 + y2 - y2 + y3 - y3 != 0:
                     job.refused = 1  # not finite: floats must answer

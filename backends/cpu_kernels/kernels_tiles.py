@@ -46,6 +46,61 @@ def scratch_bytes(rows: int, columns: int, groups: int, bits: int, run: int) -> 
     return 4 * OUTPUTS * (words + 2 * groups + rows + 4) + LANES * (4 * words + _SPARE + 8) + 64
 
 
+def _copies(kind: int) -> Any:
+    """Function that copies a row's scales and biases of a kind into a column of a tile's."""
+    size = (4, 2, 2)[kind]
+
+    @njit(**COMPILED)
+    def copy(scales, biases, first, groups, side, lane):
+        for g in range(first, groups):
+            side[2 * g * OUTPUTS + lane] = scale_at(scales + g * size, kind)
+            side[(2 * g + 1) * OUTPUTS + lane] = scale_at(biases + g * size, kind)
+
+    return copy
+
+
+# A kernel that is cached on disk may close over numbers only: of functions, Numba sees no two that are the same.
+_copy_float32, _copy_float16, _copy_bfloat16 = _copies(0), _copies(1), _copies(2)
+
+
+@njit(**COMPILED)
+def lay_scales(job, n, to, addresses):
+    """Scales and biases of a tile's rows, group by group."""
+    side, rows = floats_at(to, job.groups * 2 * OUTPUTS), addresses_at(addresses, LANES)
+    whole = job.groups // 4 * 4 if job.kind == 0 else 0
+    for v in range(_VECTORS if whole else 0):
+        for values, start in ((job.scales, 0), (job.biases, 1)):
+            for lane in range(LANES):
+                rows[lane] = values + min(n + v * LANES + lane, job.out_features - 1) * job.scale_row
+            at = to + (start * OUTPUTS + v * LANES) * 4
+            for g in range(0, whole, 4):
+                side_by_side(addresses, g * 4, at + g * (2 * OUTPUTS * 4), 2 * OUTPUTS * 4)
+    for lane in range(OUTPUTS):
+        row = min(n + lane, job.out_features - 1)
+        scales, biases = job.scales + row * job.scale_row, job.biases + row * job.scale_row
+        if job.kind == 0:
+            _copy_float32(scales, biases, whole, job.groups, side, lane)
+        elif job.kind == 1:
+            _copy_float16(scales, biases, whole, job.groups, side, lane)
+        else:
+            _copy_bfloat16(scales, biases, whole, job.groups, side, lane)
+
+
+@njit(**COMPILED)
+def give(job, sums, n):
+    """Sums of a tile to the result. Where one isn't finite, floats must answer."""
+    outputs = min(OUTPUTS, job.out_features - n)
+    for m in range(job.rows):
+        row = floats_at(sums + m * (OUTPUTS * 4), OUTPUTS)
+        out = floats_at(job.out + m * job.out_row + n * 4, outputs)
+        odd = np.float32(0)
+        for k in range(outputs):
+            out[k] = row[k]
+            odd += row[k] - row[k]
+        if odd != 0:
+            job.refused = 1
+
+
 @cache
 def tiles(bits: int, run: int, width: int, height: int) -> Any:
     """Kernel over tiles of the weight's rows, for blocks of `height` rows of x, a multiple of four.
@@ -53,69 +108,6 @@ def tiles(bits: int, run: int, width: int, height: int) -> Any:
     x has a scale for each `run` of elements.
     """
     held, chunk = held_bits(bits), chunk_codes(bits)
-
-    @njit(**COMPILED)
-    def lay_words(addresses, words, to, spare):
-        """Words of LANES rows side by side. Codes that cross words are widened to bytes before, in `spare`."""
-        if held != bits:
-            rows = addresses_at(addresses, LANES)
-            for lane in range(LANES):
-                widened = spare + lane * (words * 4 + _SPARE)
-                for code in range(0, words * 4, chunk):
-                    widen(rows[lane] + code * bits // 8, widened + code, bits)
-                rows[lane] = widened
-        for word in range(0, words, 4):
-            side_by_side(addresses, word * 4, to + word * (OUTPUTS * 4), OUTPUTS * 4)
-
-    def copies(kind: int) -> Any:
-        """Copy of a row's scales and biases into a column of a tile's."""
-        size = (4, 2, 2)[kind]
-
-        @njit(**COMPILED)
-        def copy(scales, biases, first, groups, side, lane):
-            for g in range(first, groups):
-                side[2 * g * OUTPUTS + lane] = scale_at(scales + g * size, kind)
-                side[(2 * g + 1) * OUTPUTS + lane] = scale_at(biases + g * size, kind)
-
-        return copy
-
-    copy_float32, copy_float16, copy_bfloat16 = copies(0), copies(1), copies(2)
-
-    @njit(**COMPILED)
-    def lay_scales(job, n, to, addresses):
-        """Scales and biases of a tile's rows, group by group."""
-        side, rows = floats_at(to, job.groups * 2 * OUTPUTS), addresses_at(addresses, LANES)
-        whole = job.groups // 4 * 4 if job.kind == 0 else 0
-        for v in range(_VECTORS if whole else 0):
-            for values, start in ((job.scales, 0), (job.biases, 1)):
-                for lane in range(LANES):
-                    rows[lane] = values + min(n + v * LANES + lane, job.out_features - 1) * job.scale_row
-                at = to + (start * OUTPUTS + v * LANES) * 4
-                for g in range(0, whole, 4):
-                    side_by_side(addresses, g * 4, at + g * (2 * OUTPUTS * 4), 2 * OUTPUTS * 4)
-        for lane in range(OUTPUTS):
-            row = min(n + lane, job.out_features - 1)
-            scales, biases = job.scales + row * job.scale_row, job.biases + row * job.scale_row
-            if job.kind == 0:
-                copy_float32(scales, biases, whole, job.groups, side, lane)
-            elif job.kind == 1:
-                copy_float16(scales, biases, whole, job.groups, side, lane)
-            else:
-                copy_bfloat16(scales, biases, whole, job.groups, side, lane)
-
-    @njit(**COMPILED)
-    def give(job, sums, n):
-        """Sums of a tile to the result. Where one isn't finite, floats must answer."""
-        outputs = min(OUTPUTS, job.out_features - n)
-        for m in range(job.rows):
-            row = floats_at(sums + m * (OUTPUTS * 4), OUTPUTS)
-            out = floats_at(job.out + m * job.out_row + n * 4, outputs)
-            odd = np.float32(0)
-            for k in range(outputs):
-                out[k] = row[k]
-                odd += row[k] - row[k]
-            if odd != 0:
-                job.refused = 1
 
     @cfunc(KERNEL, cache=True, **COMPILED)
     def kernel(address, thread, first, last):
@@ -132,7 +124,15 @@ def tiles(bits: int, run: int, width: int, height: int) -> Any:
                 rows = addresses_at(addresses, LANES)
                 for lane in range(LANES):
                     rows[lane] = row_of(job, min(n + v * LANES + lane, job.out_features - 1))
-                lay_words(addresses, words, tile + v * (LANES * 4), spare)
+                    if held != bits:
+                        # Codes that cross words are widened to bytes before.
+                        widened = spare + lane * (words * 4 + _SPARE)
+                        for code in range(0, words * 4, chunk):
+                            widen(rows[lane] + code * bits // 8, widened + code, bits)
+                        rows[lane] = widened
+                for word in range(0, words, 4):
+                    to = tile + (word * OUTPUTS + v * LANES) * 4
+                    side_by_side(addresses, word * 4, to, OUTPUTS * 4)
             lay_scales(job, n, scales, addresses)
             blank = floats_at(sums, (job.rows + 3) // 4 * 4 * OUTPUTS)
             blank[:] = 0

@@ -208,3 +208,22 @@ def test_lesser_targets_keep_the_bounds(features: str, tmp_path: Any) -> None:
     }
     done = subprocess.run([sys.executable, "-c", _OTHER], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == "8\n", done.stderr[-2000:]
+
+
+_WARM = """
+import numpy as np, quantcore as qc
+qw = qc.quantize(np.random.default_rng(0).standard_normal((40, 256)).astype(np.float32))
+for rows in (1, 6):
+    for precision in ("highest", "default", "fast"):
+        qc.dot(np.ones((rows, 256), np.float32), qw, precision=precision)
+"""
+
+
+def test_a_second_process_compiles_nothing(tmp_path: Any) -> None:
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    kept = []
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", _WARM], env=environment, check=True, capture_output=True)
+        kept.append({path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb?")})
+    assert kept[0]
+    assert kept[0] == kept[1]
