@@ -10,14 +10,12 @@ from typing import Any, Final
 import numpy as np
 from numba import cfunc, njit
 
-from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, floats_at, integers_at, job_at
+from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, STAMP, floats_at, integers_at, job_at
 from quantcore_backends.cpu_kernels.simd_int import Form, chunk_codes, form, lane_codes
 from quantcore_backends.cpu_kernels.vectors import LANES
 
-__all__ = ["BOUNDS", "block_height", "rounder", "run_length", "step_codes"]
+__all__ = ["block_height", "rounder", "run_length", "step_codes"]
 
-BOUNDS: Final = {16: 6e-9, 8: 6e-5}
-"""Squared error of a row over its squared length, up to which integers of that many bits serve."""
 _RUN: Final = 64
 _TINY: Final = np.float32(1e-30)
 
@@ -70,13 +68,15 @@ def rounder(bits: int, run: int, width: int, height: int) -> Any:
     layers, parts = form(bits, width)
     planes, words, lanes, run_bytes = each // parts, run // each, run * LANES // step, run * width // 8
     most = {Form(1, 2): 32767, Form(1, 4): 127, Form(2, 4): 127 * 256 + 127}[Form(layers, parts)]
-    top, bound = np.float32(most), np.float32(BOUNDS[width])
+    top = np.float32(most)
     shift, mask = np.int32(32 // parts), np.int32((1 << 32 // parts) - 1)
+
+    stamp = STAMP
 
     @cfunc(KERNEL, cache=True, **COMPILED)
     def kernel(address, thread, first, last):
-        job = job_at(address)
-        columns = job.in_features
+        job = job_at(address if stamp else 0)
+        columns, bound = job.in_features, np.float32(job.bound * 1e-18)
         runs = (columns + run - 1) // run
         if not height:
             runs = (columns + step - 1) // step * (step // run)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numba import cfunc, njit
 
-from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, bytes_at, floats_at, job_at, words_at
+from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, STAMP, bytes_at, floats_at, job_at, words_at
 from quantcore_backends.cpu_kernels.simd import LANES, greatest, larger, least, load, scale_at, smaller, splat
 
 __all__ = ["encoder"]
@@ -82,9 +82,11 @@ def encoder(bits: int, kind: int) -> Any:
     top = np.float32((1 << bits) - 1)
     size = (4, 2, 2)[kind]
 
+    stamp = STAMP
+
     @cfunc(KERNEL, cache=True, **COMPILED)
     def kernel(address, thread, first, last):
-        job = job_at(address)
+        job = job_at(address if stamp else 0)
         columns = job.in_features
         blocks = (columns + _BLOCK - 1) // _BLOCK
         converted = np.empty(columns, np.float32)

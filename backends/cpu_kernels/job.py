@@ -1,5 +1,7 @@
 """What a product's compiled kernels are told: one record in memory, since a thread pool passes one address."""
 
+import zlib
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -12,6 +14,7 @@ __all__ = [
     "JOB",
     "KERNEL",
     "PLAN",
+    "STAMP",
     "addresses_at",
     "bytes_at",
     "floats_at",
@@ -67,10 +70,15 @@ PLAN: Final = (
     "sums_row",
     "tile_words",
     "scratch_size",
+    # squared error of a row of x over its squared length up to which integers serve, times 1e18
+    "bound",
 )
 """Fields that follow from shapes and strides."""
 
 JOB: Final = np.dtype([(name, np.int64) for name in (*CALL, *PLAN)])
+STAMP: Final = zlib.crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))) | 1 << 32
+"""Of all sources here. Kernels that are cached on disk close over it, since Numba looks at a kernel's own file only."""
+
 KERNEL: Final = types.void(types.intp, types.intp, types.intp, types.intp)
 """Signature of a kernel: the job's address, the thread's number, the first and the end of its part."""
 

@@ -12,7 +12,7 @@ import numpy as np
 from numba import cfunc, njit
 
 from quantcore_backends.cpu_kernels.activations import step_codes
-from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, floats_at, job_at, row_of
+from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, STAMP, floats_at, job_at, row_of
 from quantcore_backends.cpu_kernels.simd import fma, load, prefetch, scale_at, times, total, zero
 from quantcore_backends.cpu_kernels.simd_int import (
     chunk_codes,
@@ -68,9 +68,11 @@ def four_rows(bits: int, kind: int, run: int, scales: int, width: int) -> Any:
     chunks = step // chunk_codes(bits)
     packed_step, codes_step = step * bits // 8, step * width // 8
 
+    stamp = STAMP
+
     @cfunc(KERNEL, cache=True, **COMPILED)
     def kernel(address, thread, first, last):
-        job = job_at(address)
+        job = job_at(address if stamp else 0)
         whole, left = job.in_features // step, job.in_features % step
         valid = (left + job.group - 1) // job.group
         at = (whole * scales >> job.group_shift) * job.scale_step
