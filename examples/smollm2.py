@@ -7,12 +7,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast, get_args
 
 import typer
 from rich.console import Console
 
 import quantcore
+from quantcore.hookspecs import Precision
 
 from . import backend_choice, options
 from .backend_choice import BackendChoiceError
@@ -42,8 +43,7 @@ def smollm2(
     messages = Console(stderr=True)
     with _errors_in_one_line(messages):
         prompt, count, heat = options.parse_query(prompt), parse_count(max_tokens), parse_temperature(temperature)
-        if precision not in ("default", "highest", "fast"):
-            raise OptionError(f"--precision must be one of default, highest, fast; got {precision!r}")
+        chosen_precision = parse_precision(precision)
         names = options.parse_names(backend)
         if len(names) != 1:
             raise OptionError(f"--backend must name one backend; got {backend!r}")
@@ -57,7 +57,7 @@ def smollm2(
                 f"{loaded.config.context_length}"
             )
         timing = Timing()
-        with quantcore.use_backend(choice.backend), quantcore.use_precision(precision):
+        with quantcore.use_backend(choice.backend), quantcore.use_precision(chosen_precision):
             if complete:
                 _write(prompt)
             for piece in stream(loaded, generate(loaded, ids, count, heat, seed, timing)):
@@ -96,6 +96,13 @@ def parse_count(text: str) -> int:
     if not (text.isascii() and text.isdigit() and 1 <= len(text) <= 9 and int(text) >= 1):
         raise OptionError(f"--max-tokens must be a whole number from 1; got {text!r}")
     return int(text)
+
+
+def parse_precision(text: str) -> Precision:
+    """Read ``--precision``."""
+    if text not in get_args(Precision):
+        raise OptionError(f"--precision must be one of {', '.join(get_args(Precision))}; got {text!r}")
+    return cast(Precision, text)
 
 
 def parse_temperature(text: str) -> float:
