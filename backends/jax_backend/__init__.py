@@ -75,10 +75,9 @@ class JAXBackend:
         from quantcore_backends.jax_backend import eager, products
 
         wanted = _available(dtype)
-        exact = precision == "highest"
         if eager.concrete(x, *qw.flatten()[0]):
-            return eager.like(cpu_kernels.dot(np.asarray(x), eager.viewed(qw), wanted, exact=exact), x)
-        return products.dot(x, qw, wanted, exact=exact)
+            return eager.like(cpu_kernels.dot(np.asarray(x), eager.viewed(qw), wanted, precision), x)
+        return products.dot(x, qw, wanted, exact=precision == "highest")
 
     @hookimpl
     def take(self, qw: QuantizedTensor, indices: Array, axis: int, dtype: str) -> Array:
@@ -104,11 +103,10 @@ class JAXBackend:
         from quantcore_backends.jax_backend import eager, products
 
         wanted = _available(dtype)
-        exact = precision == "highest"
         if eager.concrete(x, lhs_indices, rhs_indices, *qw.flatten()[0]):
             lhs, rhs = np.asarray(lhs_indices), np.asarray(rhs_indices)
-            return eager.like(cpu_kernels.gather_dot(np.asarray(x), eager.viewed(qw), lhs, rhs, wanted, exact=exact), x)
-        return products.gather_dot(x, qw, lhs_indices, rhs_indices, wanted, exact=exact)
+            return eager.like(cpu_kernels.gather_dot(np.asarray(x), eager.viewed(qw), lhs, rhs, wanted, precision), x)
+        return products.gather_dot(x, qw, lhs_indices, rhs_indices, wanted, exact=precision == "highest")
 
     @hookimpl
     def from_numpy(self, array: np.ndarray[Any, Any], device: Any) -> Array:
