@@ -73,25 +73,6 @@ def rounder(bits: int, run: int, width: int, height: int) -> Any:
     top, bound = np.float32(most), np.float32(BOUNDS[width])
     shift, mask = np.int32(32 // parts), np.int32((1 << 32 // parts) - 1)
 
-    @njit(**COMPILED)
-    def place(integers, start, codes):
-        """Put a run's integers into words, one from each part of the weight's words."""
-        for layer in range(layers):
-            for word in range(words):
-                for plane in range(planes):
-                    packed = np.int32(0)
-                    for part in range(parts):
-                        integer = integers[word * each + part * planes + plane]
-                        if layer < layers - 1:
-                            integer = (integer + 128) >> 8  # the lower byte counts from -128
-                        packed |= (integer & mask) << (part * shift)
-                    if height:
-                        codes[(layer * words + word) * planes + plane] = packed
-                    else:
-                        index = start // each + word
-                        chunk = (index // LANES * layers + layer) * planes + plane
-                        codes[chunk * LANES + index % LANES] = packed
-
     @cfunc(KERNEL, cache=True, **COMPILED)
     def kernel(address, thread, first, last):
         job = job_at(address)
@@ -117,18 +98,35 @@ def rounder(bits: int, run: int, width: int, height: int) -> Any:
                 error += off
                 square += its
                 largest = max(largest, peak)
+                block, its_height, at = 0, 0, 0
                 if height:
                     block = m // height * height
                     its_height = block_height(job.rows - block, height)
                     at = block * runs + r * its_height
-                    place(
-                        integers, start, integers_at(job.codes + (at + m - block) * run_bytes, layers * words * planes)
-                    )
+                    codes = integers_at(job.codes + (at + m - block) * run_bytes, layers * words * planes)
+                else:
+                    codes = integers_at(job.codes + m * job.codes_row, runs * layers * words * planes)
+                # The run's integers are put into words, one from each part of the weight's words.
+                for layer in range(layers):
+                    for word in range(words):
+                        for plane in range(planes):
+                            packed = np.int32(0)
+                            for part in range(parts):
+                                integer = integers[word * each + part * planes + plane]
+                                if layer < layers - 1:
+                                    integer = (integer + 128) >> 8  # the lower byte counts from -128
+                                packed |= (integer & mask) << (part * shift)
+                            if height:
+                                codes[(layer * words + word) * planes + plane] = packed
+                            else:
+                                index = start // each + word
+                                chunk = (index // LANES * layers + layer) * planes + plane
+                                codes[chunk * LANES + index % LANES] = packed
+                if height:
                     beside = floats_at(job.code_scales + at * 8, 2 * its_height)
                     beside[m - block] = scale
                     beside[its_height + m - block] = scale * count
                 else:
-                    place(integers, start, integers_at(job.codes + m * job.codes_row, runs * layers * words * planes))
                     scales = floats_at(job.code_scales + m * job.code_scales_row, runs * lanes)
                     scales[r * lanes : (r + 1) * lanes] = scale
                     if start // job.group != group_of:

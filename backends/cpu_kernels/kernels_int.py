@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import cfunc, njit
+from numba import cfunc
 
 from quantcore_backends.cpu_kernels.activations import step_codes
 from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, floats_at, job_at, row_of
@@ -37,24 +37,14 @@ def four_rows(bits: int, kind: int, run: int, scales: int, width: int) -> Any:
     packed_step, codes_step = step * bits // 8, step * width // 8
     size = (4, 2, 2)[kind]
 
-    @njit(**COMPILED)
-    def biased(biases, sums, groups):
-        """Biases of a row times the sums of x."""
-        lanes, rest = zero(), 0.0
-        whole = groups // LANES
-        for g in range(whole):
-            lanes = fma(spread(biases + g * LANES * size, kind, LANES), load(sums + g * LANES * 4), lanes)
-        for g in range(whole * LANES, groups):
-            rest += np.float64(scale_at(biases + g * size, kind)) * np.float64(scale_at(sums + g * 4, 0))
-        return rest + total(lanes)
-
     @cfunc(KERNEL, cache=True, **COMPILED)
     def kernel(address, thread, first, last):
         job = job_at(address)
         whole, left = job.in_features // step, job.in_features % step
         valid = (left + job.group - 1) // job.group
         at = (whole * scales >> job.group_shift) * job.scale_step
-        ahead = 4 * job.packed_row
+        ahead, apart = 4 * job.packed_row, job.biases - job.scales
+        whole_groups = job.groups // LANES * LANES
         for n in range(first, last, 4):
             n1, n2, n3 = min(n + 1, last - 1), min(n + 2, last - 1), min(n + 3, last - 1)
             p0, p1, p2, p3 = row_of(job, n), row_of(job, n1), row_of(job, n2), row_of(job, n3)
@@ -90,9 +80,23 @@ def four_rows(bits: int, kind: int, run: int, scales: int, width: int) -> Any:
                     t3 = fma(a3, spread_valid(s3 + at, kind, scales, valid), t3)
                 sums = job.sums + m * job.sums_row
                 out = floats_at(job.out + m * job.out_row, job.out_features)
-                b = job.biases - job.scales
-                y0, y1 = total(t0) + biased(s0 + b, sums, job.groups), total(t1) + biased(s1 + b, sums, job.groups)
-                y2, y3 = total(t2) + biased(s2 + b, sums, job.groups), total(t3) + biased(s3 + b, sums, job.groups)
+                b0, b1, b2, b3 = s0 + apart, s1 + apart, s2 + apart, s3 + apart
+                r0, r1, r2, r3 = 0.0, 0.0, 0.0, 0.0
+                v0, v1, v2, v3 = zero(), zero(), zero(), zero()
+                for g in range(0, whole_groups, LANES):
+                    its = load(sums + g * 4)
+                    v0 = fma(spread(b0 + g * size, kind, LANES), its, v0)
+                    v1 = fma(spread(b1 + g * size, kind, LANES), its, v1)
+                    v2 = fma(spread(b2 + g * size, kind, LANES), its, v2)
+                    v3 = fma(spread(b3 + g * size, kind, LANES), its, v3)
+                for g in range(whole_groups, job.groups):
+                    of_group = np.float64(scale_at(sums + g * 4, 0))
+                    r0 += np.float64(scale_at(b0 + g * size, kind)) * of_group
+                    r1 += np.float64(scale_at(b1 + g * size, kind)) * of_group
+                    r2 += np.float64(scale_at(b2 + g * size, kind)) * of_group
+                    r3 += np.float64(scale_at(b3 + g * size, kind)) * of_group
+                y0, y1 = total(t0) + (r0 + total(v0)), total(t1) + (r1 + total(v1))
+                y2, y3 = total(t2) + (r2 + total(v2)), total(t3) + (r3 + total(v3))
                 out[n], out[n1], out[n2], out[n3] = y0, y1, y2, y3
                 if y0 - y0 + y1 - y1 + y2 - y2 + y3 - y3 != 0:
                     job.refused = 1  # not finite: floats must answer

@@ -232,8 +232,9 @@ def test_the_disk_cache_serves_the_next_process(tmp_path: Path) -> None:
         import numba, numpy as np, jax, jax.numpy as jnp, quantcore as qc
         from numba.core import event
         w = jnp.asarray(np.random.default_rng(0).standard_normal((64, 256)), jnp.float32)
+        qw = qc.quantize(w, "affine-int4-g64")
         with event.install_recorder("numba:compile") as seen:
-            y = jax.jit(qc.dot)(w[:1], qc.quantize(w, "affine-int4-g64"))
+            y = jax.jit(qc.dot)(w[:1], qw)
             y.block_until_ready()
         print(len(seen.buffer), np.asarray(y, np.float64).sum())
     """
