@@ -14,19 +14,12 @@ Array = np.ndarray[Any, Any]
 
 
 class NumPyBackend:
-    """The CPU kernels as a backend for ``numpy.ndarray``; with Numba, compiled."""
+    """The CPU kernels as a backend for ``numpy.ndarray``; every precision is answered in float32 or better."""
 
     @hookimpl
     def backend_info(self) -> BackendInfo:
         """Describe the backend."""
-        return BackendInfo(
-            api_version=1,
-            name="numpy",
-            library="numpy",
-            array_types=("numpy:ndarray",),
-            priority=0,
-            marks_nonfinite=True,
-        )
+        return BackendInfo(api_version=1, name="numpy", library="numpy", array_types=("numpy:ndarray",), priority=0)
 
     @hookimpl
     def supports(self, op: str, call: Call) -> bool | str:
@@ -46,7 +39,7 @@ class NumPyBackend:
     @hookimpl
     def dot(self, x: Array, qw: QuantizedTensor, dtype: str, precision: str) -> Array:
         """Product, a tile of the weight at a time."""
-        return cpu_kernels.dot(x, qw, numpy_dtype(dtype), precision)
+        return cpu_kernels.dot(x, qw, numpy_dtype(dtype), exact=precision == "highest")
 
     @hookimpl
     def take(self, qw: QuantizedTensor, indices: Array, axis: int, dtype: str) -> Array:
@@ -59,7 +52,8 @@ class NumPyBackend:
         self, x: Array, qw: QuantizedTensor, lhs_indices: Array, rhs_indices: Array, dtype: str, precision: str
     ) -> Array:
         """Products grouped by weight, so that each is unpacked once."""
-        return cpu_kernels.gather_dot(x, qw, lhs_indices, rhs_indices, numpy_dtype(dtype), precision)
+        exact = precision == "highest"
+        return cpu_kernels.gather_dot(x, qw, lhs_indices, rhs_indices, numpy_dtype(dtype), exact=exact)
 
     @hookimpl
     def from_numpy(self, array: Array, device: Any) -> Array:
