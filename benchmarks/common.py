@@ -20,11 +20,31 @@ LOAD_BEFORE = os.getloadavg()[0]
 """Processes that ran or waited in the last minute before the benchmark."""
 BUSY = 0.5
 
-_PACKAGES = ("quantcore-arrays", "numpy", "numba", "mlx", "mlx-cpu", "array-api-compat", "pluggy", "ml_dtypes")
+_PACKAGES = (
+    "quantcore-arrays",
+    "numpy",
+    "numba",
+    "torch",
+    "torchao",
+    "bitsandbytes",
+    "jax",
+    "jaxlib",
+    "qwix",
+    "mlx",
+    "mlx-cpu",
+    "array-api-compat",
+    "pluggy",
+    "ml_dtypes",
+)
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
-def interleaved(calls: Mapping[str, Callable[[int], object]], repeats: int, seconds: float) -> dict[str, list[float]]:
+def interleaved(
+    calls: Mapping[str, Callable[[int], object]],
+    repeats: int,
+    seconds: float,
+    pause: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
     """Seconds per call of each of `calls`, measured in turns of shuffled order.
 
     So a slow spell of the machine hits all alike, and no call always follows the same other one: what ran before it
@@ -37,15 +57,35 @@ def interleaved(calls: Mapping[str, Callable[[int], object]], repeats: int, seco
     repeats : int
     seconds : float
         How long one measurement should last; a call that takes longer is made once.
+    pause : callable, optional
+        Called before each measurement, outside of it: see :func:`settle`.
     """
-    counts = {name: _count(call, seconds) for name, call in calls.items()}
+    counts = {}
+    for name, call in calls.items():
+        pause()
+        counts[name] = _count(call, seconds)
     taken: dict[str, list[float]] = {name: [] for name in calls}
     order, shuffler = list(calls), random.Random(0)
     for _ in range(repeats):
         shuffler.shuffle(order)
         for name in order:
+            pause()
             taken[name].append(_timed(calls[name], counts[name]) / counts[name])
     return taken
+
+
+def settle(limit: float = 0.2) -> None:
+    """Sleep until this process's threads sleep too.
+
+    Those of OpenBLAS and ONNX Runtime go on looking for work for some 50 ms after a call, and would take CPUs from
+    whoever is measured next.
+    """
+    quiet, end = 0, time.perf_counter() + limit
+    while quiet < 3 and time.perf_counter() < end:
+        start, used = time.perf_counter(), time.process_time()
+        time.sleep(0.002)
+        busy = (time.process_time() - used) / (time.perf_counter() - start)
+        quiet = quiet + 1 if busy < 0.2 else 0
 
 
 def _count(call: Callable[[int], object], seconds: float) -> int:

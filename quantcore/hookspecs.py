@@ -81,6 +81,9 @@ class BackendInfo:
         Keys of :data:`DEVIATIONS`, each optionally limited to a device: ``"dequantize-fma@gpu"``.
     shape_dependent : bool
         Whether `supports` needs the shapes; they are None in the call otherwise.
+    marks_nonfinite : bool
+        Whether `quantize` gives a scale that isn't finite for each group with a NaN or an infinity: then the core
+        needn't look through the weight for them before.
     api_version : int
         The :data:`API_VERSION` that the backend was written for.
     """
@@ -94,6 +97,7 @@ class BackendInfo:
     priority: int = 0
     deviations: tuple[str, ...] = ()
     shape_dependent: bool = False
+    marks_nonfinite: bool = False
 
     def deviates(self, name: str, device: str | None) -> bool:
         """Whether the backend declares the deviation `name` on `device`."""
@@ -155,6 +159,14 @@ class Backend:
     @hookspec
     def backend_info(self) -> BackendInfo:  # type: ignore[empty-body]
         """Describe the backend. Called once, at registration."""
+
+    @hookspec
+    def prepare(self) -> None:
+        """Called once, when the backend is first used: after what it requires was imported, before its other hooks.
+
+        For telling its framework of :class:`~quantcore.QuantizedTensor` (a pytree, an operator). First use is also
+        when the first tensor over arrays of this backend is made.
+        """
 
     @hookspec
     def supports(self, op: str, call: Call) -> bool | str:  # type: ignore[empty-body]
@@ -294,4 +306,4 @@ class Backend:
 
 
 REQUIRED_HOOKS: Final = ("backend_info", "supports", "quantize", "dequantize", "dot")
-OPTIONAL_HOOKS: Final = ("take", "gather_dot", "prepack", "canonical", "from_numpy", "to_numpy")
+OPTIONAL_HOOKS: Final = ("prepare", "take", "gather_dot", "prepack", "canonical", "from_numpy", "to_numpy")

@@ -37,8 +37,40 @@ def _torch_linear(input: Any, weight: Any, bias: Any = None) -> Any:
     return product if bias is None else product + bias
 
 
-def _torch_embedding(input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
-    return ops.take(weight, input, axis=0)
+def _torch_embedding(
+    input: Any,
+    weight: Any,
+    padding_idx: Any = None,
+    max_norm: Any = None,
+    norm_type: Any = 2.0,
+    scale_grad_by_freq: Any = False,
+    sparse: Any = False,
+) -> Any:
+    if max_norm is not None:
+        raise TypeError("torch embedding with max_norm changes the table in place; a QuantizedTensor is immutable")
+    return ops.take(weight, input, axis=0)  # the other arguments are about the table's gradient, and it has none
+
+
+def _torch_mm(input: Any, mat2: Any) -> Any:
+    _check_axes("mm", 2, input, mat2)
+    return ops.matmul(input, mat2)
+
+
+def _torch_bmm(input: Any, mat2: Any) -> Any:
+    _check_axes("bmm", 3, input, mat2)
+    return ops.matmul(input, mat2)
+
+
+def _torch_addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    _check_axes("addmm", 2, mat1, mat2)
+    product = ops.matmul(mat1, mat2)
+    return beta * input + (product if alpha == 1 else alpha * product)
+
+
+def _check_axes(name: str, axes: int, *operands: Any) -> None:
+    for operand in operands:
+        if len(operand.shape) != axes:
+            raise ValueError(f"torch {name} takes operands with {axes} axes, not shape {tuple(operand.shape)}")
 
 
 def _torch_tensordot(a: Any, b: Any, dims: Any = 2, out: None = None) -> Any:
@@ -60,9 +92,12 @@ _NUMPY: Final[Mapping[str, Callable[..., Any]]] = {
 _TORCH: Final[Mapping[str, Callable[..., Any]]] = {
     "__matmul__": ops.matmul,
     "__rmatmul__": _swapped_matmul,
+    "addmm": _torch_addmm,
+    "bmm": _torch_bmm,
     "embedding": _torch_embedding,
     "linear": _torch_linear,
     "matmul": ops.matmul,
+    "mm": _torch_mm,
     "tensordot": _torch_tensordot,
 }
 

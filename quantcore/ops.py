@@ -43,7 +43,7 @@ def dequantize(qw: Any, /, *, dtype: Any = None, backend: str | None = None) -> 
             raise TypeError(f"dequantize: takes a QuantizedTensor or an array, not {type(qw).__name__}")
         return qw if name is None else dense.cast(qw, name)
     base = qw.mT if qw.transposed else qw
-    function, name, _ = dispatch.weight_route("dequantize", base, name, backend)
+    function, name, _, _ = dispatch.weight_route("dequantize", base, name, backend)
     whole = function(base, name)
     return arrays.plain_namespace(whole).matrix_transpose(whole) if qw.transposed else whole
 
@@ -218,7 +218,7 @@ def take(qw: Any, indices: Any, /, axis: int = 0, *, out_dtype: Any = None, back
     base = qw.mT if qw.transposed else qw
     from_last = qw.transposed and axis == qw.ndim - 1
     axis -= from_last
-    function, name, _ = dispatch.weight_route("take", base, name, backend)
+    function, name, _, _ = dispatch.weight_route("take", base, name, backend)
     try:
         rows = function(base, where, axis, name)
     except IndexError as error:
@@ -282,7 +282,7 @@ def gather_dot(
         ) from None
     if not isinstance(qw, QuantizedTensor):
         return dense.gather(x, qw, lhs, rhs, {"out_dtype": out_dtype, "precision": precision, "backend": backend})
-    function, dtype, precision = dispatch.product_route("gather_dot", x, x.shape, qw, out_dtype, precision, backend)
+    function, dtype, precision, _ = dispatch.product_route("gather_dot", x, x.shape, qw, out_dtype, precision, backend)
     try:
         return function(x, qw, lhs, rhs, dtype, precision)
     except IndexError as error:
@@ -328,7 +328,7 @@ def _dot(op: str, x: Any, w: Any, out_dtype: Any, precision: Any, backend: Any) 
         packed = w.packed
         contracted = packed.shape[0] if w.annotation.transposed else w.in_features
         if x_shape and packed.ndim == 2 and x_shape[-1] == contracted:
-            function, dtype, precision = dispatch.product_route("dot", x, x_shape, w, out_dtype, precision, backend)
+            function, dtype, precision, _ = dispatch.product_route("dot", x, x_shape, w, out_dtype, precision, backend)
             return function(x, w, dtype, precision)
     return _product(op, x, w, {"out_dtype": out_dtype, "precision": precision, "backend": backend})
 
@@ -357,7 +357,7 @@ def _right_product(op: str, x: Any, w: QuantizedTensor, options: dict[str, Any],
         raise ValueError(
             f"{op}: leading axes of x {tuple(x.shape)} and weight {w.shape} ({w.scheme}) don't broadcast"
         ) from None
-    function, dtype, precision = dispatch.product_route("dot", x, x.shape, w, **options)
+    function, dtype, precision, _ = dispatch.product_route("dot", x, x.shape, w, **options)
     return function(x, w, dtype, precision)
 
 

@@ -12,7 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from importlib.machinery import ModuleSpec, PathFinder
@@ -34,6 +34,7 @@ __all__ = [
     "Snapshot",
     "State",
     "activate",
+    "activate_for",
     "backends",
     "find",
     "refresh",
@@ -225,28 +226,50 @@ def find(name: str, now: Snapshot | None = None) -> LoadedBackend:
 
 
 def activate(backend: LoadedBackend) -> None:
-    """Import what the backend requires, the first time it is used.
+    """Import what the backend requires and let it prepare, the first time it is used.
 
     Raises
     ------
     BackendUnavailableError
-        If a required module fails at import; the backend is UNAVAILABLE from then on.
+        If a required module fails at import, or the backend at preparing; it is UNAVAILABLE from then on.
     """
     if backend.active:
         return
-    for module in backend.info.requires:
-        try:
-            importlib.import_module(module)
-        except Exception as error:
-            record = replace(
-                _record(backend, ""),
-                state=State.UNAVAILABLE,
-                reason=f"importing {module} failed: {type(error).__name__}: {error}",
-                exception=error,
-            )
-            _demote(backend, record)
-            raise _unavailable(record) from error
-    backend.active = True
+    with backend.preparing:  # so that no other thread uses it half prepared
+        if backend.active:
+            return
+        for module in backend.info.requires:
+            try:
+                importlib.import_module(module)
+            except Exception as error:
+                raise _failed(backend, f"importing {module}", error) from error
+        if backend.has("prepare"):
+            try:
+                backend.hook("prepare")()
+            except Exception as error:
+                raise _failed(backend, "its prepare()", error) from error
+        backend.active = True
+
+
+def activate_for(array: Any) -> None:
+    """Activate the backends that take arrays of this array's type, as far as they can be; once a type."""
+    now = snapshot()
+    if _phase != "loaded":
+        return  # a plugin that makes tensors while it is loaded
+    for backend in now.for_array(array):
+        with suppress(BackendUnavailableError):
+            activate(backend)
+
+
+def _failed(backend: LoadedBackend, what: str, error: Exception) -> BackendUnavailableError:
+    record = replace(
+        _record(backend, ""),
+        state=State.UNAVAILABLE,
+        reason=f"{what} failed: {type(error).__name__}: {error}",
+        exception=error,
+    )
+    _demote(backend, record)
+    return _unavailable(record)
 
 
 @contextmanager

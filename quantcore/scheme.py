@@ -46,11 +46,12 @@ class Scheme:
     True
     """
 
-    __slots__ = ("__weakref__", "bits", "group_size", "mode")
+    __slots__ = ("__weakref__", "_name", "bits", "group_size", "mode")
 
     mode: str
     bits: int
     group_size: int | None
+    _name: str
 
     _interned: ClassVar[dict[tuple[str, int, int | None], "Scheme"]] = {}
     _lock: ClassVar = threading.Lock()
@@ -75,6 +76,8 @@ class Scheme:
                 self = object.__new__(cls)
                 for name, value in zip(("mode", "bits", "group_size"), key, strict=True):
                     object.__setattr__(self, name, value)
+                group = "row" if group_size is None else f"g{group_size}"
+                object.__setattr__(self, "_name", f"{mode}-int{bits}-{group}")
                 cls._interned[key] = self
             return self
 
@@ -118,8 +121,7 @@ class Scheme:
         return (*shape[:-1], self.groups(shape[-1]))
 
     def __str__(self) -> str:
-        group = "row" if self.group_size is None else f"g{self.group_size}"
-        return f"{self.mode}-int{self.bits}-{group}"
+        return self._name
 
     def __repr__(self) -> str:
         return f"Scheme({str(self)!r})"

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, ClassVar, Final, NoReturn
 
 import array_api_compat
+import numpy as np
 
 from quantcore import arrays
 from quantcore.dtypes import LOGICAL_DTYPES, dtype_name, native_dtype, result_dtype
@@ -17,7 +18,7 @@ __all__ = ["Annotation", "QuantizedTensor", "is_quantized"]
 class Annotation:
     """What dispatch reads of a tensor: array type, scheme, layout, orientation, dtype. Equal ones are one object."""
 
-    __slots__ = ("_flipped", "array_type", "dtype", "layout", "scheme", "transposed")
+    __slots__ = ("_flipped", "array_type", "dtype", "fresh", "layout", "scheme", "transposed")
 
     _interned: ClassVar[dict[tuple[type, Scheme, str, bool, str], "Annotation"]] = {}
 
@@ -27,6 +28,7 @@ class Annotation:
         self.layout = layout
         self.transposed = transposed
         self.dtype = dtype
+        self.fresh = array_type is not np.ndarray  # whether no tensor was made with it yet
         self._flipped: Annotation | None = None
 
     @property
@@ -45,7 +47,7 @@ class Annotation:
 
 
 _new: Final = object.__new__
-_put: Final = object.__setattr__
+# object.__setattr__ is written out below: torch.compile follows it so, but under no other name.
 
 
 class QuantizedTensor:
@@ -102,11 +104,14 @@ class QuantizedTensor:
         transposed: bool = False,
     ) -> None:
         name = _default_dtype(scales, biases) if dtype is None else dtype_name(dtype)
-        _put(self, "packed", packed)
-        _put(self, "scales", scales)
-        _put(self, "biases", biases)
-        _put(self, "in_features", in_features)
-        _put(self, "annotation", Annotation.of(type(packed), scheme, layout, transposed, name))
+        object.__setattr__(self, "packed", packed)
+        object.__setattr__(self, "scales", scales)
+        object.__setattr__(self, "biases", biases)
+        object.__setattr__(self, "in_features", in_features)
+        note = Annotation.of(type(packed), scheme, layout, transposed, name)
+        if note.fresh:
+            _activate_backends(note, packed)
+        object.__setattr__(self, "annotation", note)
 
     # --- what it is -------------------------------------------------------------------------------------------
 
@@ -197,11 +202,11 @@ class QuantizedTensor:
     def mT(self) -> "QuantizedTensor":  # noqa: N802 (the array API's name)
         """The tensor with its last two axes swapped: a view of the same arrays."""
         view: QuantizedTensor = _new(QuantizedTensor)
-        _put(view, "packed", self.packed)
-        _put(view, "scales", self.scales)
-        _put(view, "biases", self.biases)
-        _put(view, "in_features", self.in_features)
-        _put(view, "annotation", self.annotation.flipped)
+        object.__setattr__(view, "packed", self.packed)
+        object.__setattr__(view, "scales", self.scales)
+        object.__setattr__(view, "biases", self.biases)
+        object.__setattr__(view, "in_features", self.in_features)
+        object.__setattr__(view, "annotation", self.annotation.flipped)
         return view
 
     @property
@@ -351,6 +356,14 @@ class QuantizedTensor:
 
     def __contains__(self, item: object) -> NoReturn:
         raise _not_an_array("be searched with 'in'")
+
+
+def _activate_backends(note: Annotation, packed: Any) -> None:
+    """Have the backends of a library prepare before the first tensor over its arrays reaches a trace of theirs."""
+    from quantcore import registry
+
+    registry.activate_for(packed)
+    note.fresh = False
 
 
 def is_quantized(obj: Any, /) -> bool:

@@ -5,6 +5,7 @@ multicall would honour (wrappers, ordering) or reorder (partial signatures) is r
 """
 
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -25,15 +26,18 @@ class LoadedBackend:
     info : BackendInfo
     plugin : object
     active : bool
-        Whether the required modules have been imported.
+        Whether the required modules have been imported and the backend has prepared.
+    preparing : threading.RLock
+        Held meanwhile.
     """
 
-    __slots__ = ("_hooks", "active", "info", "plugin")
+    __slots__ = ("_hooks", "active", "info", "plugin", "preparing")
 
     def __init__(self, plugin: object, info: BackendInfo, hooks: dict[str, Callable[..., Any]]) -> None:
         self.plugin = plugin
         self.info = info
         self.active = False
+        self.preparing = threading.RLock()
         self._hooks = hooks
 
     @property

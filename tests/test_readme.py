@@ -12,7 +12,7 @@ PROJECT = README.with_name("pyproject.toml")
 
 @pytest.fixture(scope="module")
 def namespace() -> dict[str, Any]:
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
     names: dict[str, Any] = {}
     exec(compile(code, str(README), "exec"), names)
     return names

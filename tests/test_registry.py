@@ -516,6 +516,62 @@ def test_every_optional_hook_may_be_left_out() -> None:
     assert not any(hasattr(Toy(), hook) for hook in OPTIONAL_HOOKS)
 
 
+class Preparing(Toy):
+    """A toy that notes when it is prepared."""
+
+    def __init__(self, error: Exception | None = None, **change: Any) -> None:
+        super().__init__(**change)
+        self.noted: list[str] = []
+        self.error = error
+
+    @qc.hookimpl
+    def prepare(self) -> None:
+        self.noted.append("prepared")
+        if self.error is not None:
+            raise self.error
+
+    @qc.hookimpl
+    def supports(self, op: str, call: Call) -> bool | str:
+        self.noted.append("asked")
+        return True
+
+
+def test_a_backend_prepares_once_before_it_is_asked(spoil: pytest.MonkeyPatch) -> None:
+    toy = Preparing(priority=50)
+    qc.register(toy)
+    qw = qc.quantize(np.ones((4, 64), np.float32))
+    for _ in range(3):
+        qc.dot(np.ones((2, 64), np.float32), qw)
+    assert toy.noted[:2] == ["prepared", "asked"]
+    assert toy.noted.count("prepared") == 1
+
+
+def test_a_backend_that_cannot_prepare_is_unavailable(spoil: pytest.MonkeyPatch) -> None:
+    qc.register(Preparing(OSError("no device"), priority=50))
+    qw = qc.quantize(np.ones((4, 64), np.float32))
+    assert qc.dot(np.ones((2, 64), np.float32), qw).shape == (2, 4)
+    (record,) = [r for r in qc.backends() if r.name == "toy"]
+    assert (record.state, record.reason) == (State.UNAVAILABLE, "its prepare() failed: OSError: no device")
+
+
+class OwnArray:
+    """An array type of nobody's but the toy's."""
+
+    def __init__(self, values: Array) -> None:
+        self.values = values
+        self.shape, self.dtype = values.shape, values.dtype
+
+
+def test_the_first_tensor_over_its_arrays_prepares_a_backend(spoil: pytest.MonkeyPatch) -> None:
+    toy = Preparing(library="own", array_types=("own_arrays:OwnArray",))
+    spoil.setitem(sys.modules, "own_arrays", SimpleNamespace(OwnArray=OwnArray))
+    qc.register(toy)
+    packed, scales = OwnArray(np.zeros((4, 8), np.uint32)), OwnArray(np.zeros((4, 1), np.float32))
+    assert toy.noted == []
+    qc.QuantizedTensor(packed, scales, scales, qc.Scheme(), 64)
+    assert toy.noted == ["prepared"]
+
+
 # --- what is imported when ------------------------------------------------------------------------------------
 
 FRAMEWORKS = ("mlx", "torch", "jax", "numba", "array_api_strict", "dask", "cupy", "ndonnx", "sparse")
@@ -559,6 +615,7 @@ def test_plugin_modules_import_no_framework() -> None:
     lines = run(f"""
 import sys
 import quantcore_backends.mlx_backend, quantcore_backends.array_api_backend, quantcore_backends.numpy_backend
+import quantcore_backends.jax_backend, quantcore_backends.torch_backend
 roots = {{name.partition(".")[0] for name in sys.modules}}
 print(sorted(roots & set({FRAMEWORKS!r})))
 """)

@@ -278,3 +278,58 @@ def test_mlx_tensors_are_shared_by_threads_that_make_their_own_x() -> None:
     done = subprocess.run([sys.executable, "-c", MLX], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "fine"
+
+
+TOGETHER = """
+import threading, time, warnings
+import numpy as np, mlx.core as mx, torch, quantcore as qc
+warnings.simplefilter("ignore")
+rng = np.random.default_rng(0)
+qn = qc.quantize(rng.standard_normal((256, 512)).astype(np.float32))
+rows = [rng.standard_normal((m, 512)).astype(np.float32) for m in (1, 5, 40)]
+wanted = [qc.dot(x, qn) for x in rows]
+qm, qt = qn.to("mlx"), qn.to("torch")
+threads_of_torch = torch.get_num_threads()
+raised, done = [], []
+
+def numpy_work():
+    return [qc.dot(x, qn) for x in rows]
+
+def mlx_work():
+    return [np.asarray(qc.dot(mx.array(x), qm)) for x in rows]
+
+def torch_work():
+    inputs = [torch.from_numpy(x).requires_grad_() for x in rows]
+    products = [qc.dot(x, qt) for x in inputs]
+    sum(product.sum() for product in products).backward()
+    dense = qt.dequantize().sum(dim=0)
+    assert all(torch.allclose(x.grad, dense.expand_as(x), rtol=1e-3, atol=1e-3) for x in inputs)
+    return [(x.detach() @ qt.dequantize().mT).numpy() for x in inputs] + [p.detach().numpy() for p in products]
+
+end = time.monotonic() + 2
+
+def work(function):
+    try:
+        while time.monotonic() < end:
+            for i, result in enumerate(function()):
+                np.testing.assert_allclose(result, wanted[i % 3], rtol=1e-3, atol=1e-3)
+            done.append(function)
+    except BaseException as error:
+        raised.append(error)
+
+threads = [threading.Thread(target=work, args=(f,)) for f in (numpy_work, mlx_work, torch_work) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert raised == [], raised
+assert {numpy_work, mlx_work, torch_work} == set(done)
+assert torch.get_num_threads() == threads_of_torch
+print("fine")
+"""
+
+
+def test_tensors_of_several_libraries_leave_each_other_s_threads_alone() -> None:
+    done = subprocess.run([sys.executable, "-c", TOGETHER], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "fine"

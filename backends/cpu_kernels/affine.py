@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from quantcore import Scheme
-from quantcore_backends.cpu_kernels import compiled
+from quantcore_backends.cpu_kernels import compiled, encoded
 from quantcore_backends.cpu_kernels.bitstream import pack, unpack
 
 __all__ = ["TILE", "decode", "decode_block", "encode"]
@@ -24,13 +24,14 @@ def encode(w: Array, scheme: Scheme) -> tuple[Array, Array, Array]:
 
     Parameters
     ----------
-    w : array, shape (..., N, K), float16, bfloat16 or float32; finite
+    w : array, shape (..., N, K), float16, bfloat16 or float32
     scheme : Scheme
 
     Returns
     -------
     packed : array, shape scheme.packed_shape(w.shape), uint32
     scales, biases : array, shape scheme.scales_shape(w.shape), w's dtype
+        Not finite where the group isn't.
     """
     in_features = w.shape[-1]
     rows = w.reshape(-1, in_features)
@@ -38,16 +39,25 @@ def encode(w: Array, scheme: Scheme) -> tuple[Array, Array, Array]:
     packed = np.empty((rows.shape[0], scheme.words(in_features)), np.uint32)
     scales = np.empty((rows.shape[0], scheme.groups(in_features)), native)
     biases = np.empty_like(scales)
-    for part in row_tiles(rows.shape[0], in_features):
+    if rows.size and encoded.serves(native, scheme):
+        source = compiled.rows_in_memory(rows, native)
         with np.errstate(over="ignore"):
+            for leaf, exact in zip((scales, biases), encoded.encode_rows(source, scheme, packed), strict=True):
+                leaf[...] = exact
+        return _shaped(packed, scales, biases, w.shape, scheme)
+    for part in row_tiles(rows.shape[0], in_features):
+        with np.errstate(over="ignore", invalid="ignore"):
             codes, scale, bias = _encode_rows(rows[part].astype(np.float32), scheme)
             scales[part], biases[part] = scale.astype(native), bias.astype(native)
         packed[part] = pack(codes, scheme.bits)
-    return (
-        packed.reshape(scheme.packed_shape(w.shape)),
-        scales.reshape(scheme.scales_shape(w.shape)),
-        biases.reshape(scheme.scales_shape(w.shape)),
-    )
+    return _shaped(packed, scales, biases, w.shape, scheme)
+
+
+def _shaped(
+    packed: Array, scales: Array, biases: Array, shape: tuple[int, ...], scheme: Scheme
+) -> tuple[Array, Array, Array]:
+    per_group = scheme.scales_shape(shape)
+    return packed.reshape(scheme.packed_shape(shape)), scales.reshape(per_group), biases.reshape(per_group)
 
 
 def _encode_rows(w: Array, scheme: Scheme) -> tuple[Array, Array, Array]:

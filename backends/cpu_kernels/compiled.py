@@ -12,7 +12,7 @@ import numpy as np
 from quantcore import Scheme
 from quantcore_backends.cpu_kernels.threads import over_rows
 
-__all__ = ["FEW_ROWS", "available", "decode_block", "few_rows"]
+__all__ = ["FEW_ROWS", "available", "decode_block", "few_rows", "rows_in_memory"]
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -105,11 +105,11 @@ class _Operands:
     """Addresses and strides of a packed matrix. Keeps the arrays alive while kernels read them."""
 
     def __init__(self, packed: Array, scales: Array, biases: Array, scheme: Scheme) -> None:
-        self.packed = _rows_in_memory(packed, np.dtype(np.uint32))
+        self.packed = rows_in_memory(packed, np.dtype(np.uint32))
         kind = np.dtype(np.float32) if scales.dtype != biases.dtype else scales.dtype.newbyteorder("=")
         if kind not in _KINDS:
             kind = np.dtype(np.float32)
-        self.scales, self.biases = _rows_in_memory(scales, kind), _rows_in_memory(biases, kind)
+        self.scales, self.biases = rows_in_memory(scales, kind), rows_in_memory(biases, kind)
         if self.scales.strides != self.biases.strides:
             self.scales, self.biases = np.ascontiguousarray(scales, kind), np.ascontiguousarray(biases, kind)
         self.kind = _KINDS[kind]
@@ -143,7 +143,7 @@ def _over_rows(operands: _Operands, out: Array, run: Callable[[_Operands, Array,
         run(operands.padded(slice(safe, rows)), out[safe:], 0, rows - safe)
 
 
-def _rows_in_memory(array: Array, dtype: np.dtype[Any]) -> Array:
+def rows_in_memory(array: Array, dtype: np.dtype[Any]) -> Array:
     """The array with each row in one piece, in native byte order; itself where it is so already."""
     native = array.astype(dtype, copy=False)
     return native if native.strides[-1] == dtype.itemsize and native.strides[0] >= 0 else np.ascontiguousarray(native)

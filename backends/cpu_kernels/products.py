@@ -4,6 +4,7 @@ Peak memory beyond the result and one float copy of x stays under 64 MiB whateve
 """
 
 import math
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -11,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from quantcore import QuantizedTensor
-from quantcore_backends.cpu_kernels import compiled
+from quantcore_backends.cpu_kernels import compiled, integer
 from quantcore_backends.cpu_kernels.affine import FLOAT32, TILE, column_step, decode_block
 
 __all__ = ["dot", "gather_dot"]
@@ -24,8 +25,11 @@ _SIDE = 1024
 """With `_ROWS_OF_X`, what bounds a partial product: 8 MiB in float32."""
 
 
-def dot(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any], *, exact: bool = False) -> Array:
+def dot(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any], precision: str = "default") -> Array:
     """``matmul(x, matrix_transpose(qw))``, accumulated in float32, or float64 for a float64 x.
+
+    Where Numba is there, x becomes integers of 16 bits, or 8 with "fast", a scale for each 64 at most; not where that
+    would lose more of x than the precision allows, nor with "highest", which is in floats.
 
     Parameters
     ----------
@@ -33,15 +37,18 @@ def dot(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any], *, exact: bool = Fa
     qw : QuantizedTensor, shape (..., N, K)
     dtype : numpy.dtype
         Of the result.
-    exact : bool
-        Whether the error must stay below 1e-12 whatever x is. Where a whole row is one group, its weights are of few
-        values whose roundings to float32 add up if x has an offset: then the product is in float64.
+    precision : {"highest", "default", "fast"}
+        With "highest" the error stays below 1e-12 whatever x is. Where a whole row is one group, its weights are of
+        few values whose roundings to float32 add up if x has an offset: then the product is in float64.
 
     Returns
     -------
     array, shape (..., M, N), or (N,)
     """
-    plan = _Plan.of(x, qw, dtype, exact)
+    product = _rounded_product(x, qw, dtype, precision)
+    if product is not None:
+        return product
+    plan = _Plan.of(x, qw, dtype, precision)
     out_features, contracted = qw.shape[-2:]
     stack = qw.shape[:-2]
     if math.prod(stack) == 1:
@@ -50,6 +57,30 @@ def dot(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any], *, exact: bool = Fa
         result = _matrix(rows, _leaves(qw, 1), plan)
         return result.reshape((*batch, x.shape[-2], out_features) if stack else (*batch, out_features))
     return _stacked(np.asarray(x, plan.work), plan)
+
+
+def _rounded_product(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any], precision: str) -> Array | None:
+    """The usual case, kept short: one matrix, and x in float32 that integers serve. None in any other."""
+    packed = qw.packed
+    if precision == "highest" or packed.ndim != 2 or x.dtype != FLOAT32 or dtype == _FLOAT64 or not x.size:
+        return None
+    if qw.transposed or not integer.serves(qw.scheme):
+        return None
+    rows = np.ascontiguousarray(x)
+    if x.ndim != 2:
+        rows = rows.reshape(-1, x.shape[-1])
+    weight = _weight(qw, (packed, qw.scales, qw.biases))
+    product = None
+    if precision == "fast" and integer.has_byte_dot(qw.scheme):
+        product = integer.product(rows, weight, 8)
+    if product is None:
+        product = integer.product(rows, weight, 16)
+    if product is None:
+        return None
+    if dtype != FLOAT32:
+        with np.errstate(over="ignore"):
+            product = product.astype(dtype)
+    return product if x.ndim == 2 else product.reshape(*x.shape[:-1], product.shape[1])
 
 
 def _stacked(x: Array, plan: "_Plan") -> Array:
@@ -68,7 +99,7 @@ def _stacked(x: Array, plan: "_Plan") -> Array:
 
 
 def gather_dot(
-    x: Array, qw: QuantizedTensor, lhs: Array, rhs: Array, dtype: np.dtype[Any], *, exact: bool = False
+    x: Array, qw: QuantizedTensor, lhs: Array, rhs: Array, dtype: np.dtype[Any], precision: str = "default"
 ) -> Array:
     """Products of matrix ``lhs[i]`` of x with weight ``rhs[i]`` of the stack, each weight unpacked once.
 
@@ -79,14 +110,14 @@ def gather_dot(
     lhs, rhs : array of integers
         Flat indices; they broadcast.
     dtype : numpy.dtype
-    exact : bool
+    precision : {"highest", "default", "fast"}
         As in :func:`dot`.
 
     Returns
     -------
     array, shape broadcast(lhs, rhs).shape + (M, N)
     """
-    plan = _Plan.of(x, qw, dtype, exact)
+    plan = _Plan.of(x, qw, dtype, precision)
     out_features, contracted = qw.shape[-2:]
     rows = x.shape[-2]
     lhs, rhs = np.broadcast_arrays(lhs, rhs)
@@ -115,34 +146,38 @@ def checked_indices(indices: Array, length: int) -> Array:
 
 def _leaves(qw: QuantizedTensor, stacked: int) -> tuple[Array, ...]:
     """packed, scales, biases with the leading axes made one, or none where there is one weight."""
+    if qw.ndim == 2:
+        return qw.packed, qw.scales, qw.biases
     shape = () if stacked == 1 else (stacked,)
     return tuple(leaf.reshape(*shape, *leaf.shape[-2:]) for leaf in (qw.packed, qw.scales, qw.biases))
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """A product's weight, and the dtypes of its result, its sums, and its tiles of the weight."""
+    """A product's weight, the dtypes of its result, its sums and its tiles of the weight, and x's as integers."""
 
     qw: QuantizedTensor
     dtype: np.dtype[Any]
     work: np.dtype[Any]
     tile: np.dtype[Any]
+    widths: tuple[int, ...]
 
     @classmethod
-    def of(cls, x: Array, qw: QuantizedTensor, dtype: np.dtype[Any], exact: bool) -> "_Plan":
-        unrounded = exact and qw.scheme.group_size is None
+    def of(cls, x: Array, qw: QuantizedTensor, dtype: np.dtype[Any], precision: str) -> "_Plan":
+        unrounded = precision == "highest" and qw.scheme.group_size is None
         wide = unrounded or np.float64 in (x.dtype, dtype)
-        return cls(qw, dtype, np.dtype(np.float64 if wide else np.float32), _FLOAT64 if unrounded else FLOAT32)
+        widths: tuple[int, ...] = ()
+        if not wide and not qw.transposed and precision != "highest" and integer.serves(qw.scheme):
+            widths = (8, 16) if precision == "fast" and integer.has_byte_dot(qw.scheme) else (16,)
+        return cls(qw, dtype, np.dtype(np.float64 if wide else np.float32), _FLOAT64 if unrounded else FLOAT32, widths)
 
 
 def _matrix(x: Array, leaves: tuple[Array, ...], plan: _Plan) -> Array:
     qw, dtype = plan.qw, plan.dtype
-    if not qw.transposed and _few(x):
-        product = compiled.few_rows(np.ascontiguousarray(x), *leaves, qw.scheme)
-        if np.isfinite(product).all():
-            with np.errstate(over="ignore"):
-                return product.astype(dtype, order="C", copy=False)
-        # the kernel gives NaN where the float product is infinite
+    product = _compiled_product(x, leaves, plan)
+    if product is not None:
+        with np.errstate(over="ignore"):
+            return product.astype(dtype, order="C", copy=False)
     result = np.empty((x.shape[0], qw.shape[-2]), dtype)
     along = _against_rows if qw.transposed else _against_groups
     with np.errstate(over="ignore", invalid="ignore"):
@@ -150,6 +185,39 @@ def _matrix(x: Array, leaves: tuple[Array, ...], plan: _Plan) -> Array:
             part = slice(start, start + _ROWS_OF_X)
             along(x[part], leaves, plan, result[part])
     return result
+
+
+def _compiled_product(x: Array, leaves: tuple[Array, ...], plan: _Plan) -> Array | None:
+    """The product by a compiled kernel, where there is one, and its result is finite: it gives NaN for infinities."""
+    qw = plan.qw
+    if x.size == 0 or qw.transposed:
+        return None
+    if plan.widths:
+        weight = _weight(qw, leaves)
+        for width in plan.widths:
+            product = integer.product(x, weight, width)
+            if product is not None:
+                return product
+    if _few(x):
+        product = compiled.few_rows(x, *leaves, qw.scheme)
+        return product if np.isfinite(product).all() else None
+    return None
+
+
+_weights: dict[int, tuple[weakref.ref[QuantizedTensor], integer.Weight]] = {}
+
+
+def _weight(qw: QuantizedTensor, leaves: tuple[Array, ...]) -> integer.Weight:
+    """The weight as the kernels take it, kept as long as the tensor where that has one matrix."""
+    if leaves[0] is not qw.packed:
+        return integer.Weight(*leaves, qw.scheme, qw.in_features)
+    key = id(qw)
+    found = _weights.get(key)
+    if found is not None and found[0]() is qw:
+        return found[1]
+    weight = integer.Weight(*leaves, qw.scheme, qw.in_features)
+    _weights[key] = weakref.ref(qw, lambda _: _weights.pop(key, None)), weight
+    return weight
 
 
 def _few(x: Array) -> bool:

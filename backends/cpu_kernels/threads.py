@@ -4,15 +4,23 @@ Numba's own parallel regions aren't used: under its default layer two Python thr
 The kernels release the GIL, so a small pool of Python threads does as well, and any number of callers may share it.
 """
 
+import atexit
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
-__all__ = ["over_rows", "thread_count"]
+import numpy as np
+
+__all__ = ["NativePool", "native_pool", "over_rows", "thread_count"]
 
 _VARIABLES: Final = ("QUANTCORE_NUM_THREADS", "NUMBA_NUM_THREADS", "OMP_NUM_THREADS")
+_FEW_CPUS: Final = 8
+"""CPUs up to which the waiting threads keep off the caller's."""
 _pool: ThreadPoolExecutor | None = None
+_native: "NativePool | None" = None
+_starting = threading.Lock()
 
 
 def thread_count() -> int:
@@ -52,6 +60,61 @@ def over_rows(kernel: Callable[[int, int], None], rows: int, work: int, least: i
         other.result()
 
 
+def native_pool() -> "NativePool":
+    """The threads that wait in compiled code, started by the first call, which reads their number."""
+    global _native
+    if _native is None:
+        with _starting:
+            if _native is None:
+                _native = NativePool(thread_count())
+    return _native
+
+
+class NativePool:
+    """Memory of a pool of :mod:`pool`, and its threads.
+
+    Attributes
+    ----------
+    address : int
+        What the functions of :mod:`pool` take.
+    threads : int
+        With the caller's.
+    """
+
+    def __init__(self, threads: int) -> None:
+        from quantcore_backends.cpu_kernels import pool
+
+        self.threads = min(threads, pool.MOST_WORKERS + 1)
+
+        self._compiled = pool
+        memory = np.zeros(pool.POOL_BYTES + 64, np.uint8)
+        start = -memory.ctypes.data % 64
+        self._memory = memory[start:]
+        self.address = self._memory.ctypes.data
+        cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        for cpu in cpus:
+            if cpu < 1024:
+                self._memory[pool.CPUS + cpu // 8] |= 1 << cpu % 8
+        apart = threads == len(cpus) <= _FEW_CPUS
+        pool.prepare(self.address)
+        self._threads = [
+            threading.Thread(target=self._work, args=(number, apart), name=f"quantcore-{number}", daemon=True)
+            for number in range(1, self.threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+        atexit.register(self.stop)
+
+    def _work(self, number: int, apart: bool) -> None:
+        self._compiled.work(self.address, number, threading.get_native_id() if apart else 0)
+
+    def stop(self) -> None:
+        """End the threads, before the interpreter takes down the code that they are in."""
+        self._compiled.stop(self.address)
+        for thread in self._threads:
+            thread.join()
+
+
 def _shared_pool() -> ThreadPoolExecutor:
     global _pool
     if _pool is None:
@@ -59,10 +122,13 @@ def _shared_pool() -> ThreadPoolExecutor:
     return _pool
 
 
-def _forget_pool() -> None:
-    global _pool
-    _pool = None  # threads don't survive a fork
+def _forget_pools() -> None:
+    """Threads don't survive a fork, and a lock may have been held by one."""
+    global _pool, _native, _starting
+    if _native is not None:
+        atexit.unregister(_native.stop)
+    _pool, _native, _starting = None, None, threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
+    os.register_at_fork(after_in_child=_forget_pools)

@@ -14,12 +14,19 @@ Array = np.ndarray[Any, Any]
 
 
 class NumPyBackend:
-    """The CPU kernels as a backend for ``numpy.ndarray``; every precision is answered in float32 or better."""
+    """The CPU kernels as a backend for ``numpy.ndarray``; with Numba, compiled."""
 
     @hookimpl
     def backend_info(self) -> BackendInfo:
         """Describe the backend."""
-        return BackendInfo(api_version=1, name="numpy", library="numpy", array_types=("numpy:ndarray",), priority=0)
+        return BackendInfo(
+            api_version=1,
+            name="numpy",
+            library="numpy",
+            array_types=("numpy:ndarray",),
+            priority=0,
+            marks_nonfinite=True,
+        )
 
     @hookimpl
     def supports(self, op: str, call: Call) -> bool | str:
@@ -39,7 +46,7 @@ class NumPyBackend:
     @hookimpl
     def dot(self, x: Array, qw: QuantizedTensor, dtype: str, precision: str) -> Array:
         """Product, a tile of the weight at a time."""
-        return cpu_kernels.dot(x, qw, numpy_dtype(dtype), exact=precision == "highest")
+        return cpu_kernels.dot(x, qw, numpy_dtype(dtype), precision)
 
     @hookimpl
     def take(self, qw: QuantizedTensor, indices: Array, axis: int, dtype: str) -> Array:
@@ -52,8 +59,7 @@ class NumPyBackend:
         self, x: Array, qw: QuantizedTensor, lhs_indices: Array, rhs_indices: Array, dtype: str, precision: str
     ) -> Array:
         """Products grouped by weight, so that each is unpacked once."""
-        exact = precision == "highest"
-        return cpu_kernels.gather_dot(x, qw, lhs_indices, rhs_indices, numpy_dtype(dtype), exact=exact)
+        return cpu_kernels.gather_dot(x, qw, lhs_indices, rhs_indices, numpy_dtype(dtype), precision)
 
     @hookimpl
     def from_numpy(self, array: Array, device: Any) -> Array:

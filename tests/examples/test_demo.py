@@ -53,15 +53,15 @@ def few_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("few_sentences")
 def test_backends_find_the_same_and_agree(run: Run, model_folder: Path) -> None:
-    options = ("--backend", "numpy,mlx", "--bits", "8", "--group-size", "32", "--model", str(model_folder))
+    options = ("--backend", "numpy,mlx,torch,jax", "--bits", "8", "--group-size", "32", "--model", str(model_folder))
     result = run("where can I hear music?", *options)
     assert result.exit_code == 0, result.output
-    assert result.stdout.count("✓") == 6
-    on_numpy, on_mlx = re.findall(r"top 3 of 8 .*?\n(.*?)└", result.stdout, re.DOTALL)
-    assert on_numpy == on_mlx
-    difference = re.search(r"numpy and mlx: embeddings differ by at most\s+(\S+)\.", result.stdout)
-    assert difference is not None
-    assert float(difference[1]) < 1e-4
+    assert result.stdout.count("✓") == 12
+    on_numpy, *elsewhere = re.findall(r"top 3 of 8 .*?\n(.*?)└", result.stdout, re.DOTALL)
+    assert elsewhere == [on_numpy] * 3
+    differences = re.findall(r"numpy and (\w+): embeddings differ by at most\s+(\S+)\.", result.stdout)
+    assert [name for name, _ in differences] == ["mlx", "torch", "jax"]
+    assert max(float(most) for _, most in differences) < 1e-4
 
 
 @pytest.mark.usefixtures("few_sentences")

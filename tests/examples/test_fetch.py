@@ -229,8 +229,8 @@ def test_interrupting_the_extraction_leaves_nothing(
     serve(in_model_folder(CONTENTS))
     extract_file = fetch._extract_file
 
-    def interrupted(archive: zipfile.ZipFile, file: PinnedFile, folder: Path) -> None:
-        extract_file(archive, file, folder)
+    def interrupted(archive: zipfile.ZipFile, file: PinnedFile, folder: Path, member_folder: str) -> None:
+        extract_file(archive, file, folder, member_folder)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(fetch, "_extract_file", interrupted)

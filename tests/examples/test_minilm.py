@@ -23,7 +23,7 @@ from quantcore_examples.search import nearest
 from quantcore_examples.sentence_model import SentenceModel
 from quantcore_examples.sentences import SENTENCES
 
-LIBRARIES = ("numpy", "mlx", "array_api_strict")
+LIBRARIES = ("numpy", "mlx", "torch", "array_api_strict")
 SOME = SENTENCES[:6]
 """Sentences of different lengths; few, since MLX's CPU build for Linux is slow."""
 

@@ -1,0 +1,123 @@
+"""Kernel compiled by Numba: affine codes of the rows of a weight, in one pass, packed."""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import cfunc, njit
+
+from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, STAMP, bytes_at, floats_at, job_at, words_at
+from quantcore_backends.cpu_kernels.simd import LANES, greatest, larger, least, load, scale_at, smaller, splat
+
+__all__ = ["encoder"]
+
+_BLOCK = 8  # codes, which take `bits` bytes
+
+
+@njit(**COMPILED)
+def together(codes, bits):
+    """Eight codes, one a byte, as a bitstream: neighbours joined, then pairs, then fours."""
+    word = codes
+    for level in range(3):
+        width = np.uint64(8 << level)
+        kept = np.uint64(bits << level)
+        low = np.uint64(0xFFFFFFFFFFFFFFFF) // ((np.uint64(1) << width) + np.uint64(1))
+        word = (word & low) | ((word >> width) & low) << kept
+    return word
+
+
+@njit(**COMPILED)
+def scale_and_bias(low, high, top):
+    scale = max((high - low) / top, np.float32(1e-7))
+    from_low = abs(low) > abs(high)
+    scale = scale if from_low else -scale
+    edge = low if from_low else high
+    steps = np.rint(edge / scale)
+    if steps != 0:
+        return edge / steps, edge
+    return scale, np.float32(0)
+
+
+@njit(**COMPILED, fastmath={"reassoc"})
+def nothing(x):
+    """0, or NaN where an element isn't finite."""
+    total = np.float32(0)
+    for k in range(x.size):
+        total += x[k] * np.float32(0)
+    return total
+
+
+@njit(**COMPILED)
+def ends(x):
+    """Least and greatest element, which are finite."""
+    low = high = splat(x[0])
+    whole = x.size // LANES * LANES
+    for k in range(0, whole, LANES):
+        vector = load(x.ctypes.data + k * 4)
+        low, high = smaller(vector, low), larger(vector, high)
+    bottom, peak = least(low), greatest(high)
+    for k in range(whole, x.size):
+        bottom, peak = min(bottom, x[k]), max(peak, x[k])
+    return bottom, peak
+
+
+@njit(**COMPILED)
+def round_to_codes(x, scale, bias, top, codes):
+    for k in range(x.size):
+        code = np.rint((x[k] - bias) / scale)
+        codes[k] = np.uint8(np.int32(min(max(code, np.float32(0)), top)))
+
+
+@cache
+def encoder(bits: int, kind: int) -> Any:
+    """Kernel over rows of float32, float16 or bfloat16 (kinds as in :func:`simd.scale_at`), for 2 bits or more.
+
+    It gives scales and biases in float32, before they are rounded to the weight's dtype. Where a group isn't finite its
+    scale is NaN.
+
+    Notes
+    -----
+    The rule is that of MLX 0.32's CPU kernel: see :func:`quantcore.quantize`.
+    """
+    top = np.float32((1 << bits) - 1)
+    size = (4, 2, 2)[kind]
+
+    stamp = STAMP
+
+    @cfunc(KERNEL, cache=True, **COMPILED)
+    def kernel(address, thread, first, last):
+        job = job_at(address if stamp else 0)
+        columns = job.in_features
+        blocks = (columns + _BLOCK - 1) // _BLOCK
+        converted = np.empty(columns, np.float32)
+        codes = np.zeros(blocks * _BLOCK, np.uint8)
+        stream = np.empty(blocks * bits + 8, np.uint8)
+        for n in range(first, last):
+            source = job.x + n * job.x_row
+            if kind:
+                for k in range(columns):
+                    converted[k] = scale_at(source + k * size, kind)
+                source = converted.ctypes.data
+            x = floats_at(source, columns)
+            scales = floats_at(job.scales + n * job.scale_row, job.groups)
+            biases = floats_at(job.biases + n * job.scale_row, job.groups)
+            for g in range(job.groups):
+                start = g * job.group
+                stop = min(start + job.group, columns)
+                group = x[start:stop]  # a slice, whose indices Numba needn't test for being negative
+                if nothing(group) != 0:
+                    scales[g] = biases[g] = np.nan
+                    continue
+                low, high = ends(group)
+                scale, bias = scale_and_bias(low, high, top)
+                scales[g], biases[g] = scale, bias
+                round_to_codes(group, scale, bias, top, codes[start:stop])
+            eights = words_at(codes.ctypes.data, blocks)
+            for block in range(blocks):
+                words_at(stream.ctypes.data + block * bits, 1)[0] = together(eights[block], bits)
+            packed = bytes_at(job.packed + n * job.packed_row, job.packed_row)
+            used = min(blocks * bits, job.packed_row)
+            packed[:used] = stream[:used]
+            packed[used:] = 0
+
+    return kernel

@@ -1,0 +1,237 @@
+"""Products of rows of x, made integers, with packed rows, on NumPy arrays: which kernels, and what they are told."""
+
+from functools import cache, lru_cache
+from types import SimpleNamespace
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import ml_dtypes
+import numpy as np
+
+from quantcore import Scheme
+from quantcore_backends.cpu_kernels import compiled
+from quantcore_backends.cpu_kernels.compiled import rows_in_memory
+from quantcore_backends.cpu_kernels.threads import native_pool
+
+__all__ = ["Weight", "has_byte_dot", "product", "serves"]
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+_KINDS: Final = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
+_FLOAT32: Final = np.dtype(np.float32)
+_UINT32: Final = np.dtype(np.uint32)
+_BOUNDS: Final = {16: 1e-8, 8: 1e-4}
+"""The contract's bounds on the error of a row of the result."""
+_OVERREAD: Final = 48
+"""Bytes behind a row's codes that a vector may read where codes cross words."""
+_MANY: Final = 5
+"""Rows of x from which it pays to lay the weight in tiles."""
+_MOST: Final = 512
+"""Rows of x in one go, which bounds the scratch memory."""
+_PLANS: Final = 512
+"""Plans that are kept, one for each shape of a weight and number of rows."""
+_ROUNDED_TOGETHER: Final = 16
+"""Rows of x from which threads share in rounding them."""
+_WHOLE_ROW: Final = 1 << 40
+"""Elements of a group that is the whole row."""
+_THREADED: Final = 1 << 19
+"""Multiplications worth a second thread."""
+
+
+@cache
+def _compiled() -> SimpleNamespace:
+    """The modules that import Numba, with what is needed of them."""
+    from quantcore_backends.cpu_kernels import activations, calls, job, kernels_int, kernels_tiles, simd_int, vectors
+
+    return SimpleNamespace(
+        activations=activations,
+        call=calls.call,
+        job=job,
+        lanes=vectors.LANES,
+        rows=kernels_int,
+        simd=simd_int,
+        tiles=kernels_tiles,
+    )
+
+
+def serves(scheme: Scheme) -> bool:
+    """Whether there are kernels for a scheme: Numba is there, and a group holds whole words of 1-bit codes."""
+    return compiled.available() and (scheme.bits, scheme.group_size) != (1, 16)
+
+
+@cache
+def has_byte_dot(scheme: Scheme) -> bool:
+    """Whether 8-bit activations are faster here than 16-bit ones."""
+    modules = _compiled()
+    held = modules.tiles.held_bits(scheme.bits)
+    return modules.simd.lane_codes(scheme.bits) >= 4 and all(
+        modules.simd.byte_dot(bits) for bits in (scheme.bits, held)
+    )
+
+
+class _Geometry(NamedTuple):
+    """All of a weight but its memory: what a plan depends on."""
+
+    scheme: Scheme
+    columns: int
+    rows: int
+    words: int
+    groups: int
+    packed_row: int
+    scale_row: int
+    kind: int
+
+
+class Weight:
+    """A packed matrix as the kernels take it: arrays that they can read.
+
+    Parameters
+    ----------
+    packed : array, shape (N, W), uint32
+    scales, biases : array, shape (N, G), float32, float16 or bfloat16
+    scheme : Scheme
+    in_features : int
+    """
+
+    __slots__ = ("_held", "addresses", "geometry", "packed")
+
+    def __init__(self, packed: Array, scales: Array, biases: Array, scheme: Scheme, in_features: int) -> None:
+        dtype = scales.dtype if scales.dtype == biases.dtype and scales.dtype in _KINDS else _FLOAT32
+        self.packed = rows_in_memory(packed, _UINT32)
+        scales, biases = rows_in_memory(scales, dtype), rows_in_memory(biases, dtype)
+        if scales.strides != biases.strides:
+            scales, biases = np.ascontiguousarray(scales), np.ascontiguousarray(biases)
+        self._held = scales, biases
+        self.addresses = self.packed.ctypes.data, scales.ctypes.data, biases.ctypes.data
+        (rows, words), groups = self.packed.shape, scales.shape[1]
+        rows_apart = self.packed.strides[0], scales.strides[0]
+        self.geometry = _Geometry(scheme, in_features, rows, words, groups, *rows_apart, _KINDS[dtype])
+
+
+class _Plan:
+    """Kernels, where what lies in scratch memory, and a job that lacks only what a call fills in."""
+
+    def __init__(self, geometry: _Geometry, width: int, rows: int) -> None:
+        modules = _compiled()
+        scheme, columns, outputs, words, groups, packed_row, scale_row, kind = geometry
+        bits, group = scheme.bits, scheme.group_size
+        run = modules.activations.run_length(group)
+        self.height = _block_height(rows)
+        self.threads = native_pool().threads if rows * columns * outputs >= _THREADED else 1
+        if self.height:
+            tiles = modules.tiles
+            held, runs = tiles.held_bits(bits), -(-columns // run)
+            kernel, rounder = (
+                tiles.tiles(bits, run, width, self.height),
+                modules.activations.rounder(held, run, width, self.height),
+            )
+            shift, tile_words = 0, tiles.tile_words(columns, bits, run)
+            reads = tile_words * (32 // held) * bits // 8
+            codes, scales, sums = runs * run * width // 8, runs * 8, 0
+            scratch = _whole_lines(tiles.scratch_bytes(rows, columns, groups, bits, run))
+            parts = -(-outputs // tiles.OUTPUTS)
+            part = max(1, parts // (8 * self.threads))
+        else:
+            step = modules.activations.step_codes(bits, run)
+            steps, in_step = -(-columns // step), max(1, step // (group or step))
+            kernel = modules.rows.four_rows(bits, kind, run, in_step, width)
+            rounder = modules.activations.rounder(bits, run, width, 0)
+            shift, tile_words = max(1, (group or step) // step).bit_length() - 1, 0
+            reads = steps * step * bits // 8
+            codes, scales, sums = steps * step * width // 8, steps * modules.lanes * 4, groups * 4
+            scratch, parts = 0, outputs
+            part = max(16, parts // (8 * self.threads) // 4 * 4)
+        beyond = reads + (_OVERREAD if 32 % bits else 0) - 4 * words
+        self.copied = 0 if beyond <= 0 else min(outputs, -(-beyond // packed_row) if packed_row else outputs)
+        self.copy_row = _whole_lines(4 * words + max(0, beyond))
+        space = (rows + 3) // 4 * 4
+        sizes = [modules.job.JOB.itemsize, codes * space, scales * space, sums * space, self.copied * self.copy_row]
+        places = np.cumsum([_whole_lines(size) for size in sizes]).tolist()
+        values = {
+            "x_row": 4 * columns,
+            "rows": rows,
+            **dict(zip(("codes", "code_scales", "sums", "copy", "scratch"), places, strict=True)),
+            "out_features": outputs,
+            "in_features": columns,
+            "groups": groups,
+            "out_row": 4 * outputs,
+            "packed_row": packed_row,
+            "scale_row": scale_row,
+            "scale_step": (4, 2, 2)[kind] if group else 0,
+            "kind": kind,
+            "group": group or _WHOLE_ROW,
+            "group_shift": shift,
+            "group_runs": (group or _WHOLE_ROW) // run,
+            "safe": outputs - self.copied,
+            "copy_row": self.copy_row,
+            "codes_row": codes,
+            "code_scales_row": scales,
+            "sums_row": sums,
+            "tile_words": tile_words,
+            "scratch_size": scratch,
+            "bound": int(1e18 * _BOUNDS[width] / _spread(outputs)),
+        }
+        rounded = max(self.height, rows // (4 * self.threads) // 4 * 4) if rows >= _ROUNDED_TOGETHER else rows
+        turns = [4 * words, rounder.address, rows, rounded, kernel.address, parts, part]
+        self.template = np.array([*(values.get(name, 0) for name in modules.job.JOB.names), *turns], np.int64)
+        self.size = places[-1] + scratch * self.threads + 64
+        # Rows that fill up the last block are zero, lest they be slow to compute with.
+        self.allocate = np.zeros if self.height and rows % 4 else np.empty
+        self._held = rounder, kernel
+
+    def run(self, x: Array, weight: Weight, out: Array) -> bool:
+        """Compute ``out = x @ w.T``; whether integers served, so that `out` is right."""
+        memory = self.allocate(self.size, np.uint8)
+        pool = native_pool().address if self.threads > 1 else 0
+        served: bool = _compiled().call(pool, x, out, memory, self.template, *weight.addresses)
+        return served
+
+
+_plan = lru_cache(_PLANS)(_Plan)
+
+
+def product(x: Array, weight: Weight, width: int) -> Array | None:
+    """``x @ w.T`` with x rounded to integers of `width` bits, or None where that would lose too much of x.
+
+    Parameters
+    ----------
+    x : array, shape (M, K), float32, C-contiguous
+    weight : Weight
+        Of shape (N, K).
+    width : int
+        16 or 8.
+
+    Returns
+    -------
+    array, shape (M, N), float32
+    """
+    rows = x.shape[0]
+    out = np.empty((rows, weight.packed.shape[0]), np.float32)
+    if rows <= _MOST:
+        return out if _plan(weight.geometry, width, rows).run(x, weight, out) else None
+    for start in range(0, rows, _MOST):
+        part = x[start : start + _MOST]
+        if not _plan(weight.geometry, width, part.shape[0]).run(part, weight, out[start : start + _MOST]):
+            return None
+    return out
+
+
+def _spread(outputs: int) -> float:
+    """How far above its expectation the error of a row of the result comes, once in a million.
+
+    The error of rounding x, seen through rows of the weight, is a sum of squares. Wilson and Hilferty, "The
+    distribution of chi-square" (1931).
+    """
+    variance = 2 / (9 * outputs)
+    return float((1 - variance + 4.75 * variance**0.5) ** 3)
+
+
+def _block_height(rows: int) -> int:
+    """Rows of x in a block, as many as there are registers for; 0 for the kernels of few rows."""
+    if rows < _MANY:
+        return 0
+    return 8 if _compiled().lanes == 16 else 4
+
+
+def _whole_lines(size: int) -> int:
+    """A size rounded up to cache lines."""
+    return size + 63 & -64

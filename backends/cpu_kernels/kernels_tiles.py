@@ -1,0 +1,152 @@
+"""Kernels compiled by Numba: products of many rows of integer activations with packed rows.
+
+A tile is some LANES of the weight's rows over their whole length. Its words are put side by side once, still packed, so
+that one vector holds a word of each row; then every block of rows of x goes over it with the sums in registers. Codes
+are unpacked in the innermost loop: the tile stays small enough for the nearest caches, and a shift and a mask beside
+many multiplications cost little. Codes that cross words are widened to bytes first.
+
+The shape of the blocks follows Goto & van de Geijn, "Anatomy of high-performance matrix multiplication" (2008).
+"""
+
+from functools import cache
+from typing import Any, Final
+
+import numpy as np
+from numba import cfunc, njit
+
+from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, STAMP, addresses_at, floats_at, job_at, row_of
+from quantcore_backends.cpu_kernels.simd import scale_at
+from quantcore_backends.cpu_kernels.simd_int import chunk_codes, lane_codes
+from quantcore_backends.cpu_kernels.tiles import block_product, side_by_side, widen
+from quantcore_backends.cpu_kernels.vectors import LANES
+
+__all__ = ["OUTPUTS", "held_bits", "scratch_bytes", "tile_words", "tiles"]
+
+_VECTORS: Final = 2
+OUTPUTS: Final = _VECTORS * LANES
+"""Rows of the weight in a tile."""
+_SPARE: Final = 64
+"""Bytes between widened rows: what a vector may write past their end, and more, lest rows share cache sets."""
+
+
+def held_bits(bits: int) -> int:
+    """Bits of a code in a tile."""
+    return bits if 32 % bits == 0 else 8
+
+
+def tile_words(columns: int, bits: int, run: int) -> int:
+    """Words of a row in a tile: those of whole runs, and a multiple of four."""
+    each = lane_codes(held_bits(bits))
+    return -(-(-(-columns // run) * run // each) // 4) * 4
+
+
+def scratch_bytes(rows: int, columns: int, groups: int, bits: int, run: int) -> int:
+    """Memory that a thread needs for tiles, for `rows` rows of x."""
+    words = tile_words(columns, bits, run)
+    return 4 * OUTPUTS * (words + 2 * groups + rows + 4) + LANES * (4 * words + _SPARE + 8) + 64
+
+
+def _copies(kind: int) -> Any:
+    """Function that copies a row's scales and biases of a kind into a column of a tile's."""
+    size = (4, 2, 2)[kind]
+
+    @njit(**COMPILED)
+    def copy(scales, biases, first, groups, side, lane):
+        for g in range(first, groups):
+            side[2 * g * OUTPUTS + lane] = scale_at(scales + g * size, kind)
+            side[(2 * g + 1) * OUTPUTS + lane] = scale_at(biases + g * size, kind)
+
+    return copy
+
+
+# A kernel that is cached on disk may close over numbers only: of functions, Numba sees no two that are the same.
+_copy_float32, _copy_float16, _copy_bfloat16 = _copies(0), _copies(1), _copies(2)
+
+
+@njit(**COMPILED)
+def lay_scales(job, n, to, addresses):
+    """Scales and biases of a tile's rows, group by group."""
+    side, rows = floats_at(to, job.groups * 2 * OUTPUTS), addresses_at(addresses, LANES)
+    whole = job.groups // 4 * 4 if job.kind == 0 else 0
+    for v in range(_VECTORS if whole else 0):
+        for values, start in ((job.scales, 0), (job.biases, 1)):
+            for lane in range(LANES):
+                rows[lane] = values + min(n + v * LANES + lane, job.out_features - 1) * job.scale_row
+            at = to + (start * OUTPUTS + v * LANES) * 4
+            for g in range(0, whole, 4):
+                side_by_side(addresses, g * 4, at + g * (2 * OUTPUTS * 4), 2 * OUTPUTS * 4)
+    for lane in range(OUTPUTS):
+        row = min(n + lane, job.out_features - 1)
+        scales, biases = job.scales + row * job.scale_row, job.biases + row * job.scale_row
+        if job.kind == 0:
+            _copy_float32(scales, biases, whole, job.groups, side, lane)
+        elif job.kind == 1:
+            _copy_float16(scales, biases, whole, job.groups, side, lane)
+        else:
+            _copy_bfloat16(scales, biases, whole, job.groups, side, lane)
+
+
+@njit(**COMPILED)
+def give(job, sums, n):
+    """Sums of a tile to the result. Where one isn't finite, floats must answer."""
+    outputs = min(OUTPUTS, job.out_features - n)
+    for m in range(job.rows):
+        row = floats_at(sums + m * (OUTPUTS * 4), OUTPUTS)
+        out = floats_at(job.out + m * job.out_row + n * 4, outputs)
+        odd = np.float32(0)
+        for k in range(outputs):
+            out[k] = row[k]
+            odd += row[k] - row[k]
+        if odd != 0:
+            job.refused = 1
+
+
+@cache
+def tiles(bits: int, run: int, width: int, height: int) -> Any:
+    """Kernel over tiles of the weight's rows, for blocks of `height` rows of x, a multiple of four.
+
+    x has a scale for each `run` of elements.
+    """
+    held, chunk = held_bits(bits), chunk_codes(bits)
+
+    stamp = STAMP
+
+    @cfunc(KERNEL, cache=True, **COMPILED)
+    def kernel(address, thread, first, last):
+        job = job_at(address if stamp else 0)
+        runs = (job.in_features + run - 1) // run
+        words = job.tile_words
+        tile = job.scratch + thread * job.scratch_size
+        scales = tile + words * (OUTPUTS * 4)
+        sums = scales + job.groups * (2 * OUTPUTS * 4)
+        addresses = sums + (job.rows + 3) // 4 * (4 * OUTPUTS * 4)
+        spare = addresses + 8 * LANES
+        for n in range(first * OUTPUTS, min(last * OUTPUTS, job.out_features), OUTPUTS):
+            for v in range(_VECTORS):
+                rows = addresses_at(addresses, LANES)
+                for lane in range(LANES):
+                    rows[lane] = row_of(job, min(n + v * LANES + lane, job.out_features - 1))
+                    if held != bits:
+                        # Codes that cross words are widened to bytes before.
+                        widened = spare + lane * (words * 4 + _SPARE)
+                        for code in range(0, words * 4, chunk):
+                            widen(rows[lane] + code * bits // 8, widened + code, bits)
+                        rows[lane] = widened
+                for word in range(0, words, 4):
+                    to = tile + (word * OUTPUTS + v * LANES) * 4
+                    side_by_side(addresses, word * 4, to, OUTPUTS * 4)
+            lay_scales(job, n, scales, addresses)
+            blank = floats_at(sums, (job.rows + 3) // 4 * 4 * OUTPUTS)
+            blank[:] = 0
+            for m in range(0, job.rows, height):
+                x = job.codes + m * runs * (run * width // 8)
+                x_scales, to = job.code_scales + m * runs * 8, sums + m * (OUTPUTS * 4)
+                if height == 4 or job.rows - m > 4:
+                    block_product(
+                        x, x_scales, tile, scales, to, runs, job.group_runs, height, _VECTORS, run, width, held
+                    )
+                else:
+                    block_product(x, x_scales, tile, scales, to, runs, job.group_runs, 4, _VECTORS, run, width, held)
+            give(job, sums, n)
+
+    return kernel

@@ -1,0 +1,291 @@
+"""A pool of threads inside compiled code: parts of a kernel are handed out in a few microseconds, whoever calls.
+
+Numba's own parallel regions aren't used: under its default layer two Python threads that enter one abort the process,
+and a process that has used GNU OpenMP can't be forked. The workers here are Python threads that have left the
+interpreter for good: they wait in :func:`work` without holding the GIL, first spinning, then on a condition variable of
+the C library.
+
+One word of memory holds the state of the job at hand: a generation in its upper bits, whether the job may still be
+joined, and how many workers have joined it. A worker joins by raising the count with compare-and-swap, so that none can
+join a job that its caller has closed; the caller closes it when all parts are taken, and waits for those that joined.
+A caller that finds the pool in use does its job alone.
+
+Workers keep off the CPU that the caller is on (Linux only, and for small pools): woken for less than a millisecond, a
+thread is often put on its waker's CPU, where it waits for the waker to finish, and nothing is won.
+"""
+
+import platform
+from typing import Any, Final
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+__all__ = ["CPUS", "MOST_WORKERS", "POOL_BYTES", "keep_apart", "parallel", "prepare", "stop", "work"]
+
+MOST_WORKERS: Final = 255
+CPUS: Final = 640
+"""Where in a pool the bits of the CPUs that it may use stand: 128 bytes."""
+POOL_BYTES: Final = 896 + 8 * (MOST_WORKERS + 1)
+"""Bytes of a pool. It starts at a multiple of 64."""
+
+_OPTIONS: Final[dict[str, Any]] = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
+
+# Byte offsets in a pool; what different threads write lies in cache lines of its own.
+_STATE: Final = 0
+_NEXT: Final = 64
+_LEFT: Final = 128
+_BUSY: Final = 192
+_SLEEPERS: Final = 256
+_STOP: Final = 264
+_APART: Final = 272  # the CPU that workers keep off, and one
+_JOB: Final = 320
+_MUTEX: Final = 384
+_CONDITION: Final = 512
+_CPUS_LEFT: Final = 768
+_THREADS: Final = 896  # system's numbers of the workers' threads; 0 ends them
+
+_OPEN: Final = 1 << 16
+_JOINED: Final = _OPEN - 1
+_GENERATION: Final = 1 << 17
+
+_SPINS: Final = 1000
+"""Looks at the state before a worker sleeps: 15 to 50 µs."""
+_LINUX: Final = platform.system() == "Linux"
+_X86: Final = platform.machine().lower() in ("x86_64", "amd64")
+
+_WORD, _INT = ir.IntType(64), ir.IntType(32)
+
+
+def _pointer(builder: Any, address: Any) -> Any:
+    return builder.inttoptr(address, _WORD.as_pointer())
+
+
+@intrinsic
+def _load(typing: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load_atomic(_pointer(builder, args[0]), "seq_cst", 8)
+
+    return types.int64(types.intp), generate
+
+
+@intrinsic
+def _store(typing: Any, address: Any, value: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store_atomic(args[1], _pointer(builder, args[0]), "seq_cst", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.int64), generate
+
+
+@intrinsic
+def _add(typing: Any, address: Any, value: Any) -> Any:
+    """Add to a word, and give what it was."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("add", _pointer(builder, args[0]), args[1], "seq_cst")
+
+    return types.int64(types.intp, types.int64), generate
+
+
+@intrinsic
+def _replaced(typing: Any, address: Any, expected: Any, value: Any) -> Any:
+    """Replace a word if it is as expected; whether it was."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pair = builder.cmpxchg(_pointer(builder, args[0]), args[1], args[2], "seq_cst", "seq_cst")
+        return builder.extract_value(pair, 1)
+
+    return types.boolean(types.intp, types.int64, types.int64), generate
+
+
+@intrinsic
+def _call(typing: Any, function: Any, job: Any, thread: Any, first: Any, last: Any) -> Any:
+    """Call a kernel by its address."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [_WORD] * 4)
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp, types.intp, types.intp), generate
+
+
+@intrinsic
+def _pause(typing: Any) -> Any:
+    """Leave the core to its other thread for a moment."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if _X86:
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+def _library(name: str, count: int, exists: bool = True) -> Any:
+    """A function of the C library that takes words and gives an int; -1 where there is no such function."""
+
+    def typed(typing: Any, *addresses: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            if not exists:
+                return ir.Constant(_INT, -1)
+            kind = ir.FunctionType(_INT, [_WORD] * count)
+            called = cgutils.get_or_insert_function(builder.module, kind, name)
+            return builder.call(called, args)
+
+        return types.int32(*[types.intp] * count), generate
+
+    if count == 0:
+        return intrinsic(lambda typing: typed(typing))
+    if count == 1:
+        return intrinsic(lambda typing, one: typed(typing, one))
+    if count == 2:
+        return intrinsic(lambda typing, one, two: typed(typing, one, two))
+    return intrinsic(lambda typing, one, two, three: typed(typing, one, two, three))
+
+
+_mutex_init = _library("pthread_mutex_init", 2)
+_mutex_lock = _library("pthread_mutex_lock", 1)
+_mutex_unlock = _library("pthread_mutex_unlock", 1)
+_condition_init = _library("pthread_cond_init", 2)
+_condition_wait = _library("pthread_cond_wait", 2)
+_condition_broadcast = _library("pthread_cond_broadcast", 1)
+_yield = _library("sched_yield", 0)
+_current_cpu = _library("sched_getcpu", 0, _LINUX)
+_set_affinity = _library("sched_setaffinity", 3, _LINUX)
+
+
+@njit(**_OPTIONS)
+def prepare(pool):
+    """Make `POOL_WORDS` zeroed words a pool."""
+    _mutex_init(pool + _MUTEX, 0)
+    _condition_init(pool + _CONDITION, 0)
+
+
+@njit(**_OPTIONS)
+def _wake(pool):
+    _mutex_lock(pool + _MUTEX)
+    _condition_broadcast(pool + _CONDITION)
+    _mutex_unlock(pool + _MUTEX)
+
+
+@njit(**_OPTIONS)
+def stop(pool):
+    """Make the workers return."""
+    _store(pool + _STOP, 1)
+    _wake(pool)
+
+
+@njit(**_OPTIONS)
+def _sleep(pool, seen):
+    """Wait until the generation isn't `seen` any more."""
+    _mutex_lock(pool + _MUTEX)
+    _add(pool + _SLEEPERS, 1)
+    while _load(pool + _STATE) // _GENERATION == seen and _load(pool + _STOP) == 0:
+        _condition_wait(pool + _CONDITION, pool + _MUTEX)
+    _add(pool + _SLEEPERS, -1)
+    _mutex_unlock(pool + _MUTEX)
+
+
+@njit(**_OPTIONS)
+def _drain(pool, thread):
+    """Do parts of the job until none is left."""
+    function, job = _load(pool + _JOB), _load(pool + _JOB + 8)
+    count, block = _load(pool + _JOB + 16), _load(pool + _JOB + 24)
+    while True:
+        first = _add(pool + _NEXT, block)
+        if first >= count:
+            return
+        _call(function, job, thread, first, min(first + block, count))
+
+
+@njit(**_OPTIONS)
+def work(pool, thread, native):
+    """What a worker does all its life.
+
+    `thread` is its number, from 1, and `native` the system's number of its thread, or 0 to leave it where it is.
+    """
+    _store(pool + _THREADS + 8 * (thread - 1), native)
+    seen = 0
+    while _load(pool + _STOP) == 0:
+        spins = 0
+        while _load(pool + _STATE) // _GENERATION == seen and spins < _SPINS:
+            spins += 1
+            _pause()
+        state = _load(pool + _STATE)
+        if state // _GENERATION == seen:
+            _sleep(pool, seen)
+            continue
+        if state & _OPEN == 0:
+            seen = state // _GENERATION
+        elif _replaced(pool + _STATE, state, state + 1):
+            seen = state // _GENERATION
+            _drain(pool, thread)
+            _add(pool + _LEFT, 1)
+
+
+@njit(**_OPTIONS)
+def keep_apart(pool):
+    """Keep the workers off the caller's CPU. Only who holds the pool may call it."""
+    cpu = _current_cpu()
+    if cpu < 0 or cpu >= 1024 or cpu + 1 == _load(pool + _APART):
+        return
+    left = 0
+    for word in range(16):
+        bits = _load(pool + CPUS + 8 * word)
+        if cpu // 64 == word:
+            bits &= ~(1 << (cpu % 64))
+        left |= bits
+        _store(pool + _CPUS_LEFT + 8 * word, bits)
+    index = 0
+    while left != 0 and _load(pool + _THREADS + 8 * index) != 0:
+        _set_affinity(_load(pool + _THREADS + 8 * index), 128, pool + _CPUS_LEFT)
+        index += 1
+    _store(pool + _APART, cpu + 1)
+
+
+@njit(**_OPTIONS)
+def parallel(pool, function, job, count, block):
+    """Call ``function(job, thread, first, last)`` on parts of ``range(count)``, some of them in the pool's threads.
+
+    Parameters
+    ----------
+    pool : int
+        Address of the pool; 0 for none.
+    function : int
+        Address of the kernel.
+    job : int
+        What the kernel takes as its first argument.
+    count : int
+    block : int
+        Length of a part.
+    """
+    if pool == 0 or count <= block or not _replaced(pool + _BUSY, 0, 1):
+        _call(function, job, 0, 0, count)
+        return
+    keep_apart(pool)
+    _store(pool + _JOB, function)
+    _store(pool + _JOB + 8, job)
+    _store(pool + _JOB + 16, count)
+    _store(pool + _JOB + 24, block)
+    _store(pool + _NEXT, 0)
+    _store(pool + _LEFT, 0)
+    generation = _load(pool + _STATE) // _GENERATION + 1
+    _store(pool + _STATE, generation * _GENERATION + _OPEN)
+    if _load(pool + _SLEEPERS) > 0:
+        _wake(pool)
+    _drain(pool, 0)
+    state = _load(pool + _STATE)
+    while not _replaced(pool + _STATE, state, state - _OPEN):
+        state = _load(pool + _STATE)
+    spins = 0
+    while _load(pool + _LEFT) != state & _JOINED:
+        spins += 1
+        if spins < _SPINS:
+            _pause()
+        else:
+            _yield()
+    _store(pool + _BUSY, 0)

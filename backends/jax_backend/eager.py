@@ -1,0 +1,41 @@
+"""Concrete arrays on one CPU device, through NumPy's view of the same memory: nothing is traced or compiled."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from quantcore import QuantizedTensor
+
+__all__ = ["concrete", "from_numpy", "like", "viewed"]
+
+Array = Any
+
+
+def concrete(*arrays: Array) -> bool:
+    """Whether all are arrays with values, on one and the same CPU device."""
+    devices = set()
+    for array in arrays:
+        if isinstance(array, jax.core.Tracer) or not isinstance(array, jax.Array):
+            return False
+        devices.update(array.sharding.device_set)
+        if len(devices) != 1:
+            return False
+    return next(iter(devices)).platform == "cpu"
+
+
+def viewed(qw: QuantizedTensor) -> QuantizedTensor:
+    """The tensor over NumPy's views of its arrays."""
+    leaves, rebuild = qw.flatten()
+    return rebuild([np.asarray(leaf) for leaf in leaves])
+
+
+def like(values: np.ndarray[Any, Any], operand: Array) -> Array:
+    """JAX's array with these values, on the device of an operand."""
+    (device,) = operand.sharding.device_set
+    return from_numpy(values, device if getattr(operand, "committed", True) else None)
+
+
+def from_numpy(values: np.ndarray[Any, Any], device: Any) -> Array:
+    """JAX's array with these values, on a device or under a sharding; None for the default device."""
+    return jax.device_put(values.astype(values.dtype.newbyteorder("="), copy=False), device)

@@ -1,0 +1,119 @@
+"""Registering the targets with XLA, and calling them: the door between JAX and the compiled handlers.
+
+Nothing is compiled or registered before the first product is lowered for the CPU: a target that was registered before
+XLA's CPU client is up keeps it from starting, if anything is wrong with it.
+"""
+
+import threading
+from functools import cache
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quantcore_backends.cpu_kernels import compiled
+from quantcore_backends.cpu_kernels.threads import thread_count
+from quantcore_backends.jax_backend.ffi import abi
+
+__all__ = ["KINDS", "OPERATIONS", "decode", "load", "product", "unusable"]
+
+OPERATIONS: Final = ("one_row", "few_rows", "along_rows", "decode")
+KINDS: Final = {"float32": 0, "float16": 1, "bfloat16": 2}
+_FIRST_BODY: Final = 16
+_ROW_SPAN: Final = 256
+_FLUSH: Final = 4096
+_lock: Final = threading.Lock()
+
+
+@cache
+def unusable() -> str:
+    """Why the compiled targets can't be used in this process; empty where they can."""
+    if not compiled.available():
+        return 'Numba is not there, or QUANTCORE_COMPILED is 0; pip install "quantcore-arrays[fast]"'
+    return abi.mismatch(jax.ffi.include_dir())
+
+
+def product(x: Any, leaves: Any, which: Any, scheme: Any, columns: int, *, along_rows: bool) -> Any:
+    """Products of few rows of x with chosen weights of a stack, by one call of a compiled target.
+
+    Parameters
+    ----------
+    x : array, shape (P, M, C), float32
+    leaves : tuple of array, shape (E, N, *)
+        packed, scales and biases; the latter two of one dtype, float32, float16 or bfloat16.
+    which : array, shape (P,), int32
+        The weight of each product.
+    scheme : Scheme
+    columns : int
+        Logical length of the grouped axis.
+    along_rows : bool
+        Whether C is N instead of `columns`.
+
+    Returns
+    -------
+    array, shape (P, M, N), or (P, M, columns) along the rows, float32
+    """
+    packed, scales, _ = leaves
+    products, count, _ = x.shape
+    operation = "along_rows" if along_rows else "one_row" if count == 1 else "few_rows"
+    spec = _spec(operation, scheme, columns, scales.dtype.name)
+    shape = (products, count, columns) if along_rows else (products, packed.shape[1], count)
+    out = jax.ffi.ffi_call("quantcore_product", jax.ShapeDtypeStruct(shape, jnp.float32))(x, *leaves, which, spec=spec)
+    return out if along_rows else jnp.swapaxes(out, 1, 2)
+
+
+def decode(leaves: Any, place: Any, height: int, scheme: Any, columns: int) -> Any:
+    """Rows of one weight of a stack, dense: ``code * scale + bias``, each rounded.
+
+    Parameters
+    ----------
+    leaves : tuple of array, shape (E, N, *)
+        As for `product`.
+    place : array, shape (2,), int32
+        Which weight, and the first row.
+    height : int
+        How many rows.
+    scheme : Scheme
+    columns : int
+
+    Returns
+    -------
+    array, shape (height, columns), float32
+    """
+    spec = _spec("decode", scheme, columns, leaves[1].dtype.name)
+    out = jax.ShapeDtypeStruct((1, height, columns), jnp.float32)
+    return jax.ffi.ffi_call("quantcore_decode", out)(*leaves, place, spec=spec)[0]
+
+
+def _spec(operation: str, scheme: Any, columns: int, dtype: str) -> np.ndarray[Any, Any]:
+    """The attribute of a call, with the kernel that it names loaded."""
+    kind = KINDS[dtype]
+    span = scheme.group_size or _ROW_SPAN
+    number = load(operation, scheme.bits, kind)
+    values = (number, kind, scheme.bits, columns, scheme.group_size or 0, span, max(1, _FLUSH // span))
+    return np.asarray([*values, operation == "along_rows"], np.int64)
+
+
+@cache
+def load(operation: str, bits: int, kind: int) -> int:
+    """Compile a body, or read it from the cache, and put it into the table; its place there."""
+    from quantcore_backends.jax_backend.ffi import bodies, frame
+
+    with _lock:
+        _register()
+        place = _FIRST_BODY + (bodies.OPERATIONS.index(operation) * 8 + bits - 1) * len(KINDS) + kind
+        frame.TABLE[place] = bodies.body(operation, bits, kind).address
+        return place
+
+
+@cache
+def _register() -> None:
+    from quantcore_backends.jax_backend.ffi import frame, handlers, pool
+
+    with open(abi.header(jax.ffi.include_dir()), encoding="utf-8") as file:
+        (frame.TABLE[0], frame.TABLE[1]), _, _ = abi.read_header(file.read())
+    pool.install(thread_count())
+    jax.devices("cpu")
+    for name, handler in (("quantcore_product", handlers.product), ("quantcore_decode", handlers.decode)):
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler.address), platform="cpu")

@@ -1,0 +1,134 @@
+"""What ``torch.compile`` and ``torch.export`` are told of quantcore.
+
+A :class:`~quantcore.QuantizedTensor` is a pytree: its arrays are leaves, everything else is static. Dynamo doesn't look
+into quantcore's own functions, which dispatch through a table that it couldn't guard: it puts the call into its graph,
+AOTAutograd then runs it on traced tensors, and what stays is the operator that it dispatched to. So dispatch happens
+once, at trace time.
+"""
+
+import operator
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+import quantcore
+from quantcore import QuantizedTensor, Scheme
+
+__all__ = ["register"]
+
+_Static = tuple[str, int, str, str, bool]
+
+
+def register() -> None:
+    """Register the pytree, and the functions that Dynamo leaves closed. Once a process."""
+    pytree.register_pytree_node(
+        QuantizedTensor,
+        _flatten,
+        _unflatten,
+        serialized_type_name="quantcore.QuantizedTensor",
+        flatten_with_keys_fn=_flatten_with_keys,
+        to_dumpable_context=list,
+        from_dumpable_context=tuple,
+    )
+    substitute = torch.compiler.substitute_in_graph
+    substitute(quantcore.dot)(_dot)
+    substitute(quantcore.matmul)(_matmul)
+    substitute(quantcore.tensordot)(_tensordot)
+    substitute(quantcore.take)(_take)
+    substitute(quantcore.gather_dot)(_gather_dot)
+    substitute(quantcore.dequantize)(_dequantize)
+    substitute(quantcore.array_namespace)(_array_namespace)
+    _teach_reversed_matmul()
+
+
+def _teach_reversed_matmul() -> None:
+    """Have Dynamo call ``Tensor.__rmatmul__`` for ``qw @ x``.
+
+    Its table of reversed operators lacks this one (torch 2.13), so that it would call matmul with the operands swapped.
+    """
+    from torch._dynamo.variables import builtin
+
+    builtin.populate_builtin_to_tensor_fn_map()
+    builtin.BUILTIN_TO_TENSOR_RFN_MAP.setdefault(operator.matmul, torch.Tensor.__rmatmul__)
+
+
+def _flatten(qw: QuantizedTensor) -> tuple[list[Any], _Static]:
+    note = qw.annotation
+    leaves = [qw.packed, qw.scales, qw.biases]
+    in_features = operator.index(qw.in_features)  # Dynamo would make an int that varies between calls symbolic
+    return leaves, (str(note.scheme), in_features, note.dtype, note.layout, note.transposed)
+
+
+def _flatten_with_keys(qw: QuantizedTensor) -> tuple[list[Any], _Static]:
+    leaves, static = _flatten(qw)
+    keys = (pytree.GetAttrKey(name) for name in ("packed", "scales", "biases"))
+    return list(zip(keys, leaves, strict=True)), static
+
+
+def _unflatten(leaves: Any, static: _Static) -> QuantizedTensor:
+    scheme, in_features, dtype, layout, transposed = static
+    packed, scales, biases = leaves
+    return QuantizedTensor(
+        packed, scales, biases, Scheme.parse(scheme), in_features, dtype=dtype, layout=layout, transposed=transposed
+    )
+
+
+# What nonstrict_trace returns is what Dynamo leaves closed; the functions below it are what it finds in place of ours.
+# It takes no None, so that options that weren't given are left out.
+_closed_dot = torch._dynamo.nonstrict_trace(quantcore.dot)
+_closed_matmul = torch._dynamo.nonstrict_trace(quantcore.matmul)
+_closed_tensordot = torch._dynamo.nonstrict_trace(quantcore.tensordot)
+_closed_take = torch._dynamo.nonstrict_trace(quantcore.take)
+_closed_gather_dot = torch._dynamo.nonstrict_trace(quantcore.gather_dot)
+_closed_dequantize = torch._dynamo.nonstrict_trace(quantcore.dequantize)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _dot(
+    x: Any, w: Any, /, *, axes: Any = None, out_dtype: Any = None, precision: Any = None, backend: Any = None
+) -> Any:
+    return _closed_dot(x, w, **_given(axes=axes, out_dtype=out_dtype, precision=precision, backend=backend))
+
+
+def _matmul(x: Any, w: Any, /, *, out_dtype: Any = None, precision: Any = None, backend: Any = None) -> Any:
+    return _closed_matmul(x, w, **_given(out_dtype=out_dtype, precision=precision, backend=backend))
+
+
+def _tensordot(
+    x: Any, w: Any, /, *, axes: Any = 2, out_dtype: Any = None, precision: Any = None, backend: Any = None
+) -> Any:
+    return _closed_tensordot(x, w, **_given(axes=axes, out_dtype=out_dtype, precision=precision, backend=backend))
+
+
+def _take(qw: Any, indices: Any, /, axis: int = 0, *, out_dtype: Any = None, backend: Any = None) -> Any:
+    return _closed_take(qw, indices, axis, **_given(out_dtype=out_dtype, backend=backend))
+
+
+def _gather_dot(
+    x: Any,
+    qw: Any,
+    /,
+    lhs_indices: Any = None,
+    rhs_indices: Any = None,
+    *,
+    out_dtype: Any = None,
+    precision: Any = None,
+    backend: Any = None,
+) -> Any:
+    indices = _given(lhs_indices=lhs_indices, rhs_indices=rhs_indices)
+    return _closed_gather_dot(x, qw, **indices, **_given(out_dtype=out_dtype, precision=precision, backend=backend))
+
+
+def _dequantize(qw: Any, /, *, dtype: Any = None, backend: Any = None) -> Any:
+    return _closed_dequantize(qw, **_given(dtype=dtype, backend=backend))
+
+
+_namespace = quantcore.array_namespace(torch.empty(0))
+
+
+def _array_namespace(*arrays_: Any) -> Any:
+    return _namespace

@@ -1,0 +1,231 @@
+"""Products with x as integers keep the bound of their precision, or are refused; on each target the code is its own."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import quantcore as qc
+from quantcore import Scheme
+from quantcore.scheme import BITS
+from quantcore.testing import oracle
+from quantcore_backends.cpu_kernels import integer
+
+Array = np.ndarray[Any, Any]
+BOUND = {16: 1e-8, 8: 1e-4}
+SCHEMES = [s for bits in BITS for group in (16, 64, None) if integer.serves(s := Scheme("affine", bits, group))]
+
+
+def weight(rows: int, columns: int, scheme: Scheme, dtype: Any = np.float32) -> qc.QuantizedTensor:
+    rng = np.random.default_rng(rows * columns + scheme.bits)
+    return qc.quantize(rng.standard_normal((rows, columns)).astype(dtype), scheme, pad=True)
+
+
+def operand(qw: qc.QuantizedTensor) -> integer.Weight:
+    return integer.Weight(qw.packed, qw.scales, qw.biases, qw.scheme, qw.in_features)
+
+
+def error(result: Array, x: Array, qw: qc.QuantizedTensor) -> float:
+    exact = oracle.exact_weight(qw.packed, qw.scales, qw.biases, qw.scheme, qw.in_features)
+    truth = oracle.product(x, exact)
+    return oracle.nmse(result - truth, truth, x, exact)
+
+
+def widths(scheme: Scheme) -> tuple[int, ...]:
+    return (16, 8) if integer.has_byte_dot(scheme) else (16,)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_error_is_within_the_bound(scheme: Scheme) -> None:
+    for rows, columns in ((1, 16), (6, 264), (35, 1031), (129, 72)):
+        qw = weight(rows, columns, scheme)
+        for rows_of_x in (1, 3, 5, 10):
+            x = np.random.default_rng(rows_of_x).standard_normal((rows_of_x, columns)).astype(np.float32) + 1
+            for width in widths(scheme):
+                result = integer.product(x, operand(qw), width)
+                if result is None:
+                    assert rows < 129  # of few outputs one may be off by many times what is expected
+                    continue
+                assert result.shape == (rows_of_x, rows)
+                assert error(result, x, qw) <= BOUND[width]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_scales_of_half_precision(bits: int, dtype: Any) -> None:
+    for scheme in (Scheme("affine", bits, 32), Scheme("affine", bits, 128)):
+        qw = weight(21, 520, scheme, dtype)
+        for rows_of_x in (2, 7):
+            x = np.random.default_rng(0).standard_normal((rows_of_x, 520)).astype(np.float32)
+            result = integer.product(x, operand(qw), 16)
+            assert result is not None
+            assert error(result, x, qw) <= BOUND[16]
+
+
+def test_many_rows_go_in_parts() -> None:
+    qw = weight(40, 128, Scheme("affine", 4, 64))
+    x = np.random.default_rng(0).standard_normal((1030, 128)).astype(np.float32)
+    result = integer.product(x, operand(qw), 16)
+    assert result is not None
+    assert error(result, x, qw) <= BOUND[16]
+
+
+@pytest.mark.parametrize("rows_of_x", [1, 6])
+@pytest.mark.parametrize("precision", ["default", "fast"])
+@pytest.mark.parametrize("case", ["outlier", "subnormal", "tiny", "huge", "zero", "one"])
+def test_x_that_integers_do_not_serve(case: str, precision: str, rows_of_x: int) -> None:
+    qw = weight(9, 512, Scheme("affine", 4, 64))
+    x = np.random.default_rng(0).standard_normal((rows_of_x, 512)).astype(np.float32)
+    x[-1] = {
+        "outlier": np.where(np.arange(512) % 97 == 5, 1000 * x[-1], x[-1]),
+        "subnormal": x[-1] * np.float32(1e-40),
+        "tiny": x[-1] * np.float32(1e-25),
+        "huge": x[-1] * np.float32(1e30),
+        "zero": 0 * x[-1],
+        "one": np.where(np.arange(512) == 70, np.float32(3), np.float32(0)),
+    }[case]
+    result = qc.dot(x, qw, precision=precision)
+    assert error(result, x, qw) <= {"default": 1e-8, "fast": 1e-4}[precision]
+
+
+@pytest.mark.parametrize("rows_of_x", [1, 6])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused(value: float, rows_of_x: int) -> None:
+    qw = weight(9, 512, Scheme("affine", 4, 64))
+    x = np.ones((rows_of_x, 512), np.float32)
+    x[0, 200] = value
+    assert integer.product(x, operand(qw), 16) is None
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_equal(np.isfinite(qc.dot(x, qw)), np.isfinite(x @ qw.dequantize().T))
+
+
+def test_scales_that_are_not_finite_are_refused() -> None:
+    qw = weight(9, 512, Scheme("affine", 4, 64))
+    scales = qw.scales.copy()
+    scales[4, 2] = np.inf
+    changed = qc.quantized_tensor(qw.packed, scales, qw.biases, qw.shape, qw.scheme)
+    for rows_of_x in (1, 6):
+        assert integer.product(np.ones((rows_of_x, 512), np.float32), operand(changed), 16) is None
+
+
+def test_weight_is_not_copied_and_forgotten_with_its_tensor() -> None:
+    from quantcore_backends.cpu_kernels import products
+
+    qw = weight(64, 512, Scheme("affine", 4, 64))
+    qc.dot(np.ones((1, 512), np.float32), qw)
+    kept = products._weights[id(qw)][1]
+    assert kept.addresses == tuple(part.ctypes.data for part in (qw.packed, qw.scales, qw.biases))
+    key = id(qw)
+    del qw
+    assert key not in products._weights
+
+
+_ASSEMBLY = """
+import json, platform, sys
+machine, triple, cpu, features = sys.argv[1:]
+platform.machine = lambda: machine
+import llvmlite.binding as llvm
+from llvmlite import ir
+from quantcore_backends.cpu_kernels import simd_int
+from quantcore_backends.cpu_kernels.vectors import LANES, QWORD, write
+llvm.initialize_all_targets()
+llvm.initialize_all_asmprinters()
+found = {}
+for width in (16, 8):
+    module = ir.Module()
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [QWORD] * 3), "sums")
+    builder = ir.IRBuilder(function.append_basic_block())
+    write(builder, function.args[2], simd_int.chunk_sums(builder, *function.args[:2], 4, width, 1))
+    builder.ret_void()
+    target = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features, opt=3)
+    text = target.emit_assembly(llvm.parse_assembly(str(module)))
+    found[width] = sorted({line.split()[0].removeprefix("{vex}") or line.split()[1]
+                           for line in text.splitlines() if line.startswith("\\t") and not line.startswith("\\t.")})
+print(json.dumps([LANES, found]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("machine", "triple", "cpu", "features", "lanes", "default", "fast"),
+    [
+        ("aarch64", "aarch64-linux-gnu", "neoverse-n1", "+neon,+dotprod", 8, "sdot", "sdot"),
+        ("arm64", "arm64-apple-darwin", "apple-m1", "+neon,+dotprod", 8, "sdot", "sdot"),
+        ("x86_64", "x86_64-linux-gnu", "haswell", "+avx2,+fma", 8, "vpmaddwd", "vpmaddubsw"),
+        ("x86_64", "x86_64-linux-gnu", "alderlake", "+avx2,+fma,+avxvnni", 8, "vpdpbusd", "vpdpbusd"),
+        (
+            "x86_64",
+            "x86_64-linux-gnu",
+            "icelake-server",
+            "+avx512f,+avx512bw,+avx512vl,+avx512vnni,+avx512vbmi",
+            16,
+            "vpdpbusd",
+            "vpdpbusd",
+        ),
+    ],
+)
+def test_instructions_of_other_targets(
+    machine: str, triple: str, cpu: str, features: str, lanes: int, default: str, fast: str
+) -> None:
+    environment = {**os.environ, "NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": features}
+    command = [sys.executable, "-c", _ASSEMBLY, machine, triple, cpu, features]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    width, found = json.loads(done.stdout)
+    assert width == lanes
+    for activation, wanted in (("16", default), ("8", fast)):
+        assert any(name.split(".")[0] == wanted for name in found[activation]), found
+
+
+_OTHER = """
+import numpy as np, quantcore as qc
+from quantcore.testing import oracle
+from quantcore_backends.cpu_kernels import vectors
+for bits, group in ((1, 32), (2, 64), (3, 16), (4, 64), (5, 128), (8, 32)):
+    rng = np.random.default_rng(bits)
+    qw = qc.quantize(rng.standard_normal((19, 328)).astype(np.float32), bits=bits, group_size=group, pad=True)
+    exact = oracle.exact_weight(qw.packed, qw.scales, qw.biases, qw.scheme, 328)
+    for rows in (1, 6):
+        x = rng.standard_normal((rows, 328)).astype(np.float32)
+        truth = oracle.product(x, exact)
+        for precision, bound in (("highest", 1e-12), ("default", 1e-8), ("fast", 1e-4)):
+            result = qc.dot(x, qw, precision=precision)
+            assert oracle.nmse(result - truth, truth, x, exact) <= bound, (bits, group, rows, precision)
+print(vectors.LANES)
+"""
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="names x86's features")
+@pytest.mark.parametrize("features", ["", "+sse4.2,+ssse3,+popcnt", "+avx2,+fma,+f16c,+avx"])
+def test_lesser_targets_keep_the_bounds(features: str, tmp_path: Any) -> None:
+    environment = {
+        **os.environ,
+        "NUMBA_CPU_NAME": "generic",
+        "NUMBA_CPU_FEATURES": features,
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
+    done = subprocess.run([sys.executable, "-c", _OTHER], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "8\n", done.stderr[-2000:]
+
+
+_WARM = """
+import numpy as np, quantcore as qc
+qw = qc.quantize(np.random.default_rng(0).standard_normal((40, 256)).astype(np.float32))
+for rows in (1, 6):
+    for precision in ("highest", "default", "fast"):
+        qc.dot(np.ones((rows, 256), np.float32), qw, precision=precision)
+"""
+
+
+def test_a_second_process_compiles_nothing(tmp_path: Any) -> None:
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    kept = []
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", _WARM], env=environment, check=True, capture_output=True)
+        kept.append({path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb?")})
+    assert kept[0]
+    assert kept[0] == kept[1]

@@ -1,0 +1,60 @@
+"""SmolLM2 as a user meets it; what runs the real model for long is marked slow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import quantcore
+from quantcore_examples.fetch import SMOLLM2, fetch_model
+from quantcore_examples.generate import generate
+from quantcore_examples.gguf_tokenizer import GgufTokenizer
+from quantcore_examples.language_model import LanguageModel
+from quantcore_examples.smollm2 import smollm2
+
+
+@pytest.fixture(scope="session")
+def file() -> Path:
+    return fetch_model(source=SMOLLM2) / SMOLLM2.files[0].name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([" "], "the query must not be empty"),
+        (["--backend", "nonesuch"], "no backend is called 'nonesuch'"),
+        (["--model", "/no/such/file"], "there is none at"),
+        (["--max-tokens", "0"], "--max-tokens must be"),
+        (["--temperature", "nan"], "--temperature must be"),
+        (["--precision", "best"], "--precision must be one of"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_code_2(arguments: list[str], words: str) -> None:
+    app = typer.Typer()
+    app.command()(smollm2)
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_text_survives_the_tokenizer_and_never_becomes_control_tokens(file: Path) -> None:
+    tokenizer = GgufTokenizer(quantcore.load(file).metadata)
+    for text in ("The year 2024, naïve café 🙂\n\n  x", "<|im_end|>"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode("2024")) == 4
+    assert not tokenizer.end_ids & set(tokenizer.encode("<|im_end|><|endoftext|>"))
+
+
+@pytest.mark.slow
+def test_greedy_tokens_are_the_same_on_every_library(file: Path) -> None:
+    found = {}
+    for library in ("numpy", "mlx", "torch"):
+        model = LanguageModel.load(file, library)
+        with quantcore.use_precision("highest"):
+            found[library] = list(generate(model, model.tokenizer.encode("Once upon a time"), 64))
+    assert len(found["numpy"]) == 64
+    assert found["numpy"] == found["mlx"] == found["torch"]
