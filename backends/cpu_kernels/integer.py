@@ -206,6 +206,8 @@ def product(x: Array, weight: Weight, width: int) -> Array | None:
     """
     rows = x.shape[0]
     out = np.empty((rows, weight.packed.shape[0]), np.float32)
+    if not out.size:
+        return out
     if rows <= _MOST:
         return out if _plan(weight.geometry, width, rows).run(x, weight, out) else None
     for start in range(0, rows, _MOST):
