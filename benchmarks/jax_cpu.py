@@ -34,7 +34,7 @@ def candidates(x: Any, qw: Any) -> list[Candidate]:
     def tiled(x: Any, *leaves: Any) -> Any:
         stack = tuple(leaf[None] for leaf in leaves)
         which = jnp.zeros(1, jnp.int32)
-        return tiles.product(x[None], stack, which, scheme, columns, along_rows=False, exact=False)[0]
+        return tiles.product(x[None], stack, which, scheme, columns, along_rows=False, precision="default")[0]
 
     def decoded(x: Any, *leaves: Any) -> Any:
         return jnp.matmul(x, codes.decode(*leaves, scheme, columns).T, precision=highest)

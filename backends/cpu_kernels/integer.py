@@ -8,33 +8,28 @@ import ml_dtypes
 import numpy as np
 
 from quantcore import Scheme
-from quantcore_backends.cpu_kernels import compiled
+from quantcore_backends.cpu_kernels import compiled, layout
 from quantcore_backends.cpu_kernels.compiled import rows_in_memory
+from quantcore_backends.cpu_kernels.layout import lines
 from quantcore_backends.cpu_kernels.threads import native_pool
 
-__all__ = ["Weight", "has_byte_dot", "product", "serves"]
+__all__ = ["FEW_ROWS", "THREADED", "RowKernels", "Weight", "has_byte_dot", "product", "row_kernels", "serves"]
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
 _KINDS: Final = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
 _FLOAT32: Final = np.dtype(np.float32)
 _UINT32: Final = np.dtype(np.uint32)
-_BOUNDS: Final = {16: 1e-8, 8: 1e-4}
-"""The contract's bounds on the error of a row of the result."""
-_OVERREAD: Final = 48
-"""Bytes behind a row's codes that a vector may read where codes cross words."""
-_MANY: Final = 5
-"""Rows of x from which it pays to lay the weight in tiles."""
+FEW_ROWS: Final = 4
+"""Rows of x up to which it doesn't pay to lay the weight in tiles."""
+THREADED: Final = 1 << 19
+"""Multiplications worth a second thread."""
 _MOST: Final = 512
 """Rows of x in one go, which bounds the scratch memory."""
 _PLANS: Final = 512
 """Plans that are kept, one for each shape of a weight and number of rows."""
 _ROUNDED_TOGETHER: Final = 16
 """Rows of x from which threads share in rounding them."""
-_WHOLE_ROW: Final = 1 << 40
-"""Elements of a group that is the whole row."""
-_THREADED: Final = 1 << 19
-"""Multiplications worth a second thread."""
 
 
 @cache
@@ -66,6 +61,24 @@ def has_byte_dot(scheme: Scheme) -> bool:
     return modules.simd.lane_codes(scheme.bits) >= 4 and all(
         modules.simd.byte_dot(bits) for bits in (scheme.bits, held)
     )
+
+
+class RowKernels(NamedTuple):
+    """Kernels for few rows of x, with the codes that they take at a time."""
+
+    rounder: Any
+    kernel: Any
+    step: int
+
+
+def row_kernels(scheme: Scheme, kind: int, width: int) -> RowKernels:
+    """What rounds few rows of x to integers of `width` bits, and what multiplies them; `kind` is the scales'."""
+    modules = _compiled()
+    run = modules.activations.run_length(scheme.group_size)
+    step = modules.activations.step_codes(scheme.bits, run)
+    in_step = max(1, step // (scheme.group_size or step))
+    kernel = modules.rows.four_rows(scheme.bits, kind, run, in_step, width)
+    return RowKernels(modules.activations.rounder(scheme.bits, run, width, 0), kernel, step)
 
 
 class _Geometry(NamedTuple):
@@ -116,7 +129,7 @@ class _Plan:
         bits, group = scheme.bits, scheme.group_size
         run = modules.activations.run_length(group)
         self.height = _block_height(rows)
-        self.threads = native_pool().threads if rows * columns * outputs >= _THREADED else 1
+        self.threads = native_pool().threads if rows * columns * outputs >= THREADED else 1
         if self.height:
             tiles = modules.tiles
             held, runs = tiles.held_bits(bits), -(-columns // run)
@@ -127,52 +140,29 @@ class _Plan:
             shift, tile_words = 0, tiles.tile_words(columns, bits, run)
             reads = tile_words * (32 // held) * bits // 8
             codes, scales, sums = runs * run * width // 8, runs * 8, 0
-            scratch = _whole_lines(tiles.scratch_bytes(rows, columns, groups, bits, run))
+            scratch = lines(tiles.scratch_bytes(rows, columns, groups, bits, run))
             parts = -(-outputs // tiles.OUTPUTS)
             part = max(1, parts // (8 * self.threads))
         else:
-            step = modules.activations.step_codes(bits, run)
-            steps, in_step = -(-columns // step), max(1, step // (group or step))
-            kernel = modules.rows.four_rows(bits, kind, run, in_step, width)
-            rounder = modules.activations.rounder(bits, run, width, 0)
-            shift, tile_words = max(1, (group or step) // step).bit_length() - 1, 0
-            reads = steps * step * bits // 8
-            codes, scales, sums = steps * step * width // 8, steps * modules.lanes * 4, groups * 4
-            scratch, parts = 0, outputs
+            rounder, kernel, step = row_kernels(scheme, kind, width)
+            shift, reads, codes, scales, sums = layout.of_few_rows(
+                columns, groups, bits, group or 0, step, modules.lanes, width
+            )
+            tile_words, scratch, parts = 0, 0, outputs
             part = max(16, parts // (8 * self.threads) // 4 * 4)
-        beyond = reads + (_OVERREAD if 32 % bits else 0) - 4 * words
-        self.copied = 0 if beyond <= 0 else min(outputs, -(-beyond // packed_row) if packed_row else outputs)
-        self.copy_row = _whole_lines(4 * words + max(0, beyond))
+        sizes = reads, codes, scales, sums, tile_words, scratch
+        of_weight = outputs, columns, words, groups, packed_row, scale_row, kind, bits, group or 0
+        fixed = layout.plan(*of_weight, run, shift, *sizes, layout.bound(outputs, width))
+        fields = dict(zip(modules.job.PLAN, fixed, strict=True))
+        self.copied = outputs - fields["safe"]
         space = (rows + 3) // 4 * 4
-        sizes = [modules.job.JOB.itemsize, codes * space, scales * space, sums * space, self.copied * self.copy_row]
-        places = np.cumsum([_whole_lines(size) for size in sizes]).tolist()
-        values = {
-            "x_row": 4 * columns,
-            "rows": rows,
-            **dict(zip(("codes", "code_scales", "sums", "copy", "scratch"), places, strict=True)),
-            "out_features": outputs,
-            "in_features": columns,
-            "groups": groups,
-            "out_row": 4 * outputs,
-            "packed_row": packed_row,
-            "scale_row": scale_row,
-            "scale_step": (4, 2, 2)[kind] if group else 0,
-            "kind": kind,
-            "group": group or _WHOLE_ROW,
-            "group_shift": shift,
-            "group_runs": (group or _WHOLE_ROW) // run,
-            "safe": outputs - self.copied,
-            "copy_row": self.copy_row,
-            "codes_row": codes,
-            "code_scales_row": scales,
-            "sums_row": sums,
-            "tile_words": tile_words,
-            "scratch_size": scratch,
-            "bound": int(1e18 * _BOUNDS[width] / _spread(outputs)),
-        }
+        held_bytes = (modules.job.JOB.itemsize, codes * space, scales * space, sums * space)
+        places = np.cumsum([lines(size) for size in (*held_bytes, self.copied * fields["copy_row"])]).tolist()
+        fields |= {"x_row": 4 * columns, "rows": rows}
+        fields |= dict(zip(("codes", "code_scales", "sums", "copy", "scratch"), places, strict=True))
         rounded = max(self.height, rows // (4 * self.threads) // 4 * 4) if rows >= _ROUNDED_TOGETHER else rows
         turns = [4 * words, rounder.address, rows, rounded, kernel.address, parts, part]
-        self.template = np.array([*(values.get(name, 0) for name in modules.job.JOB.names), *turns], np.int64)
+        self.template = np.array([*(fields.get(name, 0) for name in modules.job.JOB.names), *turns], np.int64)
         self.size = places[-1] + scratch * self.threads + 64
         # Rows that fill up the last block are zero, lest they be slow to compute with.
         self.allocate = np.zeros if self.height and rows % 4 else np.empty
@@ -217,23 +207,8 @@ def product(x: Array, weight: Weight, width: int) -> Array | None:
     return out
 
 
-def _spread(outputs: int) -> float:
-    """How far above its expectation the error of a row of the result comes, once in a million.
-
-    The error of rounding x, seen through rows of the weight, is a sum of squares. Wilson and Hilferty, "The
-    distribution of chi-square" (1931).
-    """
-    variance = 2 / (9 * outputs)
-    return float((1 - variance + 4.75 * variance**0.5) ** 3)
-
-
 def _block_height(rows: int) -> int:
     """Rows of x in a block, as many as there are registers for; 0 for the kernels of few rows."""
-    if rows < _MANY:
+    if rows <= FEW_ROWS:
         return 0
     return 8 if _compiled().lanes == 16 else 4
-
-
-def _whole_lines(size: int) -> int:
-    """A size rounded up to cache lines."""
-    return size + 63 & -64

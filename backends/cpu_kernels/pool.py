@@ -22,7 +22,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["CPUS", "MOST_WORKERS", "POOL_BYTES", "keep_apart", "parallel", "prepare", "stop", "work"]
+__all__ = ["CPUS", "MOST_WORKERS", "POOL_BYTES", "call_kernel", "keep_apart", "parallel", "prepare", "stop", "work"]
 
 MOST_WORKERS: Final = 255
 CPUS: Final = 640
@@ -101,7 +101,7 @@ def _replaced(typing: Any, address: Any, expected: Any, value: Any) -> Any:
 
 
 @intrinsic
-def _call(typing: Any, function: Any, job: Any, thread: Any, first: Any, last: Any) -> Any:
+def call_kernel(typing: Any, function: Any, job: Any, thread: Any, first: Any, last: Any) -> Any:
     """Call a kernel by its address."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -199,7 +199,7 @@ def _drain(pool, thread):
         first = _add(pool + _NEXT, block)
         if first >= count:
             return
-        _call(function, job, thread, first, min(first + block, count))
+        call_kernel(function, job, thread, first, min(first + block, count))
 
 
 @njit(**_OPTIONS)
@@ -264,7 +264,7 @@ def parallel(pool, function, job, count, block):
         Length of a part.
     """
     if pool == 0 or count <= block or not _replaced(pool + _BUSY, 0, 1):
-        _call(function, job, 0, 0, count)
+        call_kernel(function, job, 0, 0, count)
         return
     keep_apart(pool)
     _store(pool + _JOB, function)

@@ -17,7 +17,7 @@ Array = Any
 
 
 class JAXBackend:
-    """JAX's arrays, concrete or traced; every precision is answered in float32 or better."""
+    """JAX's arrays, concrete or traced."""
 
     @hookimpl
     def backend_info(self) -> BackendInfo:
@@ -77,7 +77,7 @@ class JAXBackend:
         wanted = _available(dtype)
         if eager.concrete(x, *qw.flatten()[0]):
             return eager.like(cpu_kernels.dot(np.asarray(x), eager.viewed(qw), wanted, precision), x)
-        return products.dot(x, qw, wanted, exact=precision == "highest")
+        return products.dot(x, qw, wanted, precision=precision)
 
     @hookimpl
     def take(self, qw: QuantizedTensor, indices: Array, axis: int, dtype: str) -> Array:
@@ -106,7 +106,7 @@ class JAXBackend:
         if eager.concrete(x, lhs_indices, rhs_indices, *qw.flatten()[0]):
             lhs, rhs = np.asarray(lhs_indices), np.asarray(rhs_indices)
             return eager.like(cpu_kernels.gather_dot(np.asarray(x), eager.viewed(qw), lhs, rhs, wanted, precision), x)
-        return products.gather_dot(x, qw, lhs_indices, rhs_indices, wanted, exact=precision == "highest")
+        return products.gather_dot(x, qw, lhs_indices, rhs_indices, wanted, precision=precision)
 
     @hookimpl
     def from_numpy(self, array: np.ndarray[Any, Any], device: Any) -> Array:

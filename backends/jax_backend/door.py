@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 import quantcore
 from quantcore import QuantizedTensor, Scheme
+from quantcore_backends.cpu_kernels import integer
 from quantcore_backends.jax_backend.ffi import targets
 from quantcore_backends.jax_backend.sharding import shard
 
@@ -69,5 +70,8 @@ def load(scheme: Scheme | str, dtype: Any = "float32") -> None:
     reason = targets.unusable()
     if reason:
         raise RuntimeError(f"load: {reason}")
+    scheme, kind = Scheme.parse(scheme), targets.KINDS[jnp.dtype(dtype).name]
     for operation in targets.OPERATIONS:
-        targets.load(operation, Scheme.parse(scheme).bits, targets.KINDS[jnp.dtype(dtype).name])
+        targets.load(operation, scheme.bits, kind)
+    if integer.serves(scheme):
+        targets.load_rounded(scheme, kind, fast=True)

@@ -26,7 +26,7 @@ class Product(NamedTuple):
     scheme: Scheme
     columns: int
     along_rows: bool
-    exact: bool
+    precision: str
 
 
 Local = Callable[[Product, Array, tuple[Array, ...], Array], Array]

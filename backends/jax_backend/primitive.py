@@ -141,7 +141,7 @@ def _unless_empty(function: Any, of: Product, x: Array, leaves: tuple[Array, ...
     shape = (*x.shape[:2], of.columns if of.along_rows else leaves[0].shape[1])
     if 0 in (*shape, x.shape[2], leaves[0].shape[0]):
         return jnp.zeros(shape, x.dtype)
-    return function(x, leaves, which, of.scheme, of.columns, along_rows=of.along_rows, exact=of.exact)
+    return function(x, leaves, which, of.scheme, of.columns, along_rows=of.along_rows, precision=of.precision)
 
 
 def _lowering(local: Any) -> Any:

@@ -15,7 +15,7 @@ __all__ = ["check_indices", "dot", "gather_dot", "in_range", "nan_outside", "tak
 Array = Any
 
 
-def dot(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any], *, exact: bool) -> Array:
+def dot(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any], *, precision: str) -> Array:
     """``matmul(x, matrix_transpose(qw))``, accumulated in float32, or in float64 for a float64 x.
 
     Parameters
@@ -24,14 +24,13 @@ def dot(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any], *, exact: bool) -> 
     qw : QuantizedTensor, shape (..., N, C)
     dtype : numpy.dtype
         Of the result.
-    exact : bool
-        Whether the error must stay below 1e-12.
+    precision : {"highest", "default", "fast"}
 
     Returns
     -------
     array, shape (..., M, N), or (N,)
     """
-    of, leaves = _plan(qw, exact), _leaves(qw)
+    of, leaves = _plan(qw, precision), _leaves(qw)
     stack, out_features = qw.shape[:-2], qw.shape[-2]
     x = _working(x, dtype)
     if math.prod(stack) == 1:
@@ -45,7 +44,7 @@ def dot(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any], *, exact: bool) -> 
     return product(spread, leaves, which, of).reshape(*batch, x.shape[-2], out_features).astype(dtype)
 
 
-def gather_dot(x: Array, qw: QuantizedTensor, lhs: Array, rhs: Array, dtype: np.dtype[Any], *, exact: bool) -> Array:
+def gather_dot(x: Array, qw: QuantizedTensor, lhs: Array, rhs: Array, dtype: np.dtype[Any], *, precision: str) -> Array:
     """Products of matrix ``lhs[i]`` of x with weight ``rhs[i]`` of the stack; NaN where an index is out of range.
 
     Parameters
@@ -55,7 +54,7 @@ def gather_dot(x: Array, qw: QuantizedTensor, lhs: Array, rhs: Array, dtype: np.
     lhs, rhs : array of integers
         Flat indices; they broadcast.
     dtype : numpy.dtype
-    exact : bool
+    precision : {"highest", "default", "fast"}
 
     Returns
     -------
@@ -66,7 +65,7 @@ def gather_dot(x: Array, qw: QuantizedTensor, lhs: Array, rhs: Array, dtype: np.
     left, left_inside = in_range(lhs.reshape(-1), matrices)
     right, right_inside = in_range(rhs.reshape(-1), weights)
     flat = _working(x, dtype).reshape(matrices, *x.shape[-2:])
-    made = product(take(flat, left, 0), _leaves(qw), right, _plan(qw, exact)).astype(dtype)
+    made = product(take(flat, left, 0), _leaves(qw), right, _plan(qw, precision)).astype(dtype)
     made = nan_outside(made, left_inside & right_inside, 0)
     return made.reshape(*lhs.shape, x.shape[-2], qw.shape[-2])
 
@@ -102,8 +101,8 @@ def nan_outside(made: Array, inside: Array, axis: int) -> Array:
     return jnp.where(where, made, jnp.asarray(np.nan, made.dtype))
 
 
-def _plan(qw: QuantizedTensor, exact: bool) -> Product:
-    return Product(qw.scheme, qw.in_features, qw.transposed, exact)
+def _plan(qw: QuantizedTensor, precision: str) -> Product:
+    return Product(qw.scheme, qw.in_features, qw.transposed, precision)
 
 
 def _leaves(qw: QuantizedTensor) -> tuple[Array, ...]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from quantcore import PerformanceWarning, Scheme
+from quantcore_backends.cpu_kernels import integer
 from quantcore_backends.cpu_kernels.compiled import FEW_ROWS
 from quantcore_backends.jax_backend import tiles
 from quantcore_backends.jax_backend.ffi import targets
@@ -18,13 +19,16 @@ Array = Any
 
 _ANY: Final = 1 << 62
 _TABLE: Final = (
-    # exact, one group a row, most rows of x, kernel
-    (True, True, _ANY, "few_rows"),
-    (True, False, FEW_ROWS, "few_rows"),
-    (False, True, FEW_ROWS, "few_rows"),
-    (False, False, FEW_ROWS, "few_rows"),
+    # precision, how the weight's elements share scales, most rows of x, kernel
+    ("highest", "row", _ANY, "few_rows"),
+    ("default", "groups", integer.FEW_ROWS, "rounded"),
+    ("default", "row", integer.FEW_ROWS, "rounded"),
+    ("fast", "groups", integer.FEW_ROWS, "rounded_first_to_bytes"),
+    ("fast", "row", integer.FEW_ROWS, "rounded_first_to_bytes"),
+    ("", "", FEW_ROWS, "few_rows"),
 )
-"""The first line that fits has it; where none does, rows are made dense by the compiled target for XLA's own dot."""
+"""The first line that fits has it, "" being anything; else a target makes rows dense for XLA's own dot."""
+_WIDTHS: Final = {"rounded": 16, "rounded_first_to_bytes": 8}
 
 
 def on_cpu(
@@ -35,18 +39,20 @@ def on_cpu(
     columns: int,
     *,
     along_rows: bool,
-    exact: bool,
+    precision: str,
 ) -> Array:
     """The product on one CPU device; arguments and result are those of `tiles.product`."""
     if x.dtype != np.float32 or _warned_of(targets.unusable()):
-        return tiles.product(x, leaves, which, scheme, columns, along_rows=along_rows, exact=exact)
-    if _kernel(exact, scheme.group_size is None and not along_rows, x.shape[1]) == "few_rows":
-        return targets.product(x, leaves, which, scheme, columns, along_rows=along_rows)
+        return tiles.product(x, leaves, which, scheme, columns, along_rows=along_rows, precision=precision)
+    kernel = _kernel(precision, _sharing(scheme, along_rows), x.shape[1])
+    if kernel != "tiles":
+        width = _WIDTHS.get(kernel)
+        return targets.product(x, leaves, which, scheme, columns, along_rows=along_rows, width=width)
 
     def decode(leaves: tuple[Array, ...], weight: Array, first: Array, rows: int) -> Array:
         return targets.decode(leaves, jnp.stack([weight, first]), rows, scheme, columns)
 
-    return tiles.product(x, leaves, which, scheme, columns, along_rows=along_rows, exact=exact, decode=decode)
+    return tiles.product(x, leaves, which, scheme, columns, along_rows=along_rows, precision=precision, decode=decode)
 
 
 @cache
@@ -58,8 +64,17 @@ def _warned_of(reason: str) -> bool:
     return bool(reason)
 
 
-def _kernel(exact: bool, whole_row: bool, rows_of_x: int) -> str:
-    for for_exact, for_whole_row, most, kernel in _TABLE:
-        if (for_exact, for_whole_row) == (exact, whole_row) and rows_of_x <= most:
+def _sharing(scheme: Scheme, along_rows: bool) -> str:
+    """What the table tells apart; "other" where the sum is along the rows, or there are no kernels on integers."""
+    if along_rows:
+        return "other"
+    if scheme.group_size is None:
+        return "row"
+    return "groups" if integer.serves(scheme) else "other"
+
+
+def _kernel(precision: str, sharing: str, rows_of_x: int) -> str:
+    for for_precision, for_sharing, most, kernel in _TABLE:
+        if for_precision in ("", precision) and for_sharing in ("", sharing) and rows_of_x <= most:
             return kernel
     return "tiles"

@@ -35,7 +35,7 @@ def product(
     columns: int,
     *,
     along_rows: bool,
-    exact: bool,
+    precision: str,
     decode: Decode | None = None,
 ) -> Array:
     """Products of matrices of x with chosen weights of a stack.
@@ -52,8 +52,8 @@ def product(
         Logical length of the grouped axis, K.
     along_rows : bool
         Whether C is N instead of K.
-    exact : bool
-        Whether sums must be short.
+    precision : {"highest", "default", "fast"}
+        With "highest", sums are short.
     decode : callable, optional
         What makes rows dense; by default ``jax.numpy`` does.
 
@@ -62,7 +62,7 @@ def product(
     array, shape (P, M, N), or (P, M, K) along the rows, x's dtype
     """
     products, count, _ = x.shape
-    rows = leaves[0].shape[1]
+    rows, exact = leaves[0].shape[1], precision == "highest"
     height = max(1, min(rows, TILE // columns))
     if along_rows and exact:
         height = min(height, _EXACT_LENGTH)

@@ -27,8 +27,8 @@ class Case:
         self.xs = np.asarray(self.x, np.float64)
 
 
-def check(actual: Any, expected: Array, bound: float = 1e-11) -> None:
-    """`actual` is within an NMSE of `expected`, and has its shape."""
+def check(actual: Any, expected: Array, bound: float = 1e-8) -> None:
+    """`actual` is within an NMSE of `expected`, that of "default" unless said otherwise, and has its shape."""
     got = np.asarray(actual, np.float64)
     assert got.shape == expected.shape
     error = float(((got - expected) ** 2).sum() / max((expected**2).sum(), 1e-300))

@@ -82,7 +82,7 @@ def test_the_weight_is_dense_in_tiles_only(along_rows: bool) -> None:
 
     def product(x: Any, leaves: Any) -> Any:
         which = jnp.zeros(1, jnp.int32)
-        return tiles.product(x, leaves, which, scheme, columns, along_rows=along_rows, exact=False)
+        return tiles.product(x, leaves, which, scheme, columns, along_rows=along_rows, precision="default")
 
     dense = rows * columns * 4
     assert temporary(product, x, leaves) < dense / 3

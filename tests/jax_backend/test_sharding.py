@@ -57,14 +57,14 @@ _EIGHT = """
                     found = collectives(compiled)
                     assert set(found) <= {"all-reduce"} and bool(found) == bool(summed), (scheme, spec, flip, found)
                     assert compiled.memory_analysis().temp_size_in_bytes < 300_000
-                    assert error(dot(x, tensor), true) < 1e-11, (scheme, spec, flip)
-                    assert error(qc.dot(jnp.asarray(x), tensor), true) < 1e-11
+                    assert error(dot(x, tensor), true) < 1e-8, (scheme, spec, flip)
+                    assert error(qc.dot(jnp.asarray(x), tensor), true) < 1e-8
                     checked += 1
         x = random.standard_normal((4, 1024)).astype(np.float32)
         gradient = jax.jit(jax.grad(lambda x, w: (qc.dot(x, w) ** 2).sum()))
         for spec in (P("model", None), P(None, "model")):
             placed = quantcore.jax.shard(qw, mesh, spec)
-            assert error(gradient(x, placed), 2 * x @ exact.T @ exact) < 1e-11
+            assert error(gradient(x, placed), 2 * x @ exact.T @ exact) < 1e-8
             assert "all-gather" not in collectives(gradient.lower(x, placed).compile())
     # rows of x over one axis, the weight over the other: data and tensor parallel at once
     qw = qc.quantize(jnp.asarray(w), "affine-int4-g64")
@@ -77,7 +77,7 @@ _EIGHT = """
     stack = qc.quantize(jnp.asarray(np.stack([w, 2 * w])), "affine-int4-g64")
     layers = quantcore.jax.shard(stack, both, P(None, "model", None))
     some = jax.jit(quantcore.jax.layer_dot)
-    assert error(some(x, layers, jnp.int32(1)), 2 * np.asarray(dot(x, qw), np.float64)) < 1e-9
+    assert error(some(x, layers, jnp.int32(1)), 2 * np.asarray(dot(x, qw), np.float64)) < 1e-8
     assert "all-gather" not in collectives(some.lower(np.asarray(x), layers, jnp.int32(1)).compile())
     # each device's part is whole groups and words, and decodes by itself
     np.testing.assert_array_equal(np.asarray(placed.dequantize()), np.asarray(qw.dequantize()))
@@ -86,7 +86,7 @@ _EIGHT = """
     leaves, rebuild = placed.flatten()
     mapped = shard_map(lambda x, *leaves: qc.dot(x, rebuild(leaves)), mesh=both, check_vma=False,
                        in_specs=(P("data", None), *(P("model", None),) * 3), out_specs=P("data", "model"))
-    assert error(jax.jit(mapped)(x, *leaves), np.asarray(y, np.float64)) < 1e-11
+    assert error(jax.jit(mapped)(x, *leaves), np.asarray(y, np.float64)) < 1e-8
     print("checked", checked)
 """
 
@@ -105,7 +105,7 @@ _TWO = """
         spread = jax.make_array_from_callback(x.shape, everywhere, lambda index: x[index])
         compiled = jax.jit(qc.dot).lower(spread, placed).compile()
         assert "all-gather" not in collectives(compiled), collectives(compiled)
-        assert error(dot(spread, placed).addressable_data(0), x @ exact.T) < 1e-11
+        assert error(dot(spread, placed).addressable_data(0), x @ exact.T) < 1e-8
     print("done")
 """
 

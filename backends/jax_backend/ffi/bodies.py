@@ -16,7 +16,17 @@ from quantcore_backends.cpu_kernels.kernels import code_at
 from quantcore_backends.cpu_kernels.simd import float_at, scale_at
 from quantcore_backends.jax_backend.ffi.frame import OPTIONS, free, load32, load64, malloc
 
-__all__ = ["CHUNK_COLUMNS", "CHUNK_ROWS", "FIELDS", "OPERATIONS", "body"]
+__all__ = [
+    "CHUNK_COLUMNS",
+    "CHUNK_ROWS",
+    "FIELDS",
+    "OPERATIONS",
+    "body",
+    "chosen_weight",
+    "doubles",
+    "floats",
+    "pointer",
+]
 
 FIELDS: Final = (
     "x",
@@ -61,7 +71,8 @@ _SIGNATURE: Final = types.int64(types.int64, types.int64)
 _OPTIONS: Final[dict[str, Any]] = {"cache": True, "boundscheck": False, "error_model": "numpy"}
 
 
-def _pointer(kind: Any) -> Any:
+def pointer(kind: Any) -> Any:
+    """A Numba function that makes an address a pointer to that type."""
     pointer = types.CPointer(kind)
 
     @intrinsic
@@ -74,7 +85,7 @@ def _pointer(kind: Any) -> Any:
     return cast
 
 
-_floats, _doubles = _pointer(types.float32), _pointer(types.float64)
+floats, doubles = pointer(types.float32), pointer(types.float64)
 
 
 def _kernel(operation: int, bits: int, kind: int, *args: Any) -> None:
@@ -93,7 +104,7 @@ def _kernel_of(operation, bits, kind, *args):
 
 
 @njit(**OPTIONS)
-def _weight(operands, product):
+def chosen_weight(operands, product):
     """The weight that a product is with; in range whatever the index says."""
     which = load64(operands + _WHICH)
     return min(max(load32(which + 4 * product), 0), load64(operands + _STACK) - 1) if which != 0 else 0
@@ -115,10 +126,10 @@ def _few_rows(number: int, bits: int, kind: int) -> Any:
         span, flush, height = load64(operands + _SPAN), load64(operands + _FLUSH), load64(operands + _HEIGHT)
         row, scale_row, step = load64(operands + _ROW), load64(operands + _SCALE_ROW), load64(operands + _STEP)
         product, part = divmod(chunk, load64(operands + _CHUNKS))
-        weight = _weight(operands, product)
+        weight = chosen_weight(operands, product)
         spans = (columns + span - 1) // span
         x = load64(operands + _X) + 4 * product * count * columns
-        sums = carray(_doubles(load64(operands + _SUMS) + 8 * product * count * spans), (count, spans))
+        sums = carray(doubles(load64(operands + _SUMS) + 8 * product * count * spans), (count, spans))
         packed = load64(operands + _PACKED) + weight * rows * row
         scales = load64(operands + _SCALES) + weight * rows * scale_row
         biases = load64(operands + _BIASES) + weight * rows * scale_row
@@ -128,7 +139,7 @@ def _few_rows(number: int, bits: int, kind: int) -> Any:
         to = load64(operands + _OUT) + 4 * product * rows * count
         middle = min(max(safe, first), last)
         if first < middle:
-            out = carray(_floats(to + 4 * first * count), (middle - first, count))
+            out = carray(floats(to + 4 * first * count), (middle - first, count))
             _kernel(
                 number,
                 bits,
@@ -149,7 +160,7 @@ def _few_rows(number: int, bits: int, kind: int) -> Any:
                 step,
             )
         if middle < last:
-            out = carray(_floats(to + 4 * middle * count), (last - middle, count))
+            out = carray(floats(to + 4 * middle * count), (last - middle, count))
             tail = load64(operands + _TAIL) - safe * row
             _kernel(
                 number,
@@ -172,7 +183,7 @@ def _few_rows(number: int, bits: int, kind: int) -> Any:
             )
         for n in range(first, last):
             for m in range(count):
-                place = carray(_floats(to + 4 * (n * count + m)), (1,))
+                place = carray(floats(to + 4 * (n * count + m)), (1,))
                 if not np.isfinite(place[0]):
                     value = 0.0
                     for k in range(columns):
@@ -197,20 +208,20 @@ def _along_rows(bits: int, kind: int) -> Any:
         span, height = load64(operands + _SPAN), load64(operands + _HEIGHT)
         row, scale_row, step = load64(operands + _ROW), load64(operands + _SCALE_ROW), load64(operands + _STEP)
         product, part = divmod(chunk, load64(operands + _CHUNKS))
-        weight = _weight(operands, product)
+        weight = chosen_weight(operands, product)
         spans = (columns + span - 1) // span
         first, last = part * height, min((part + 1) * height, spans)
         x = load64(operands + _X) + 4 * product * count * rows
         packed = load64(operands + _PACKED) + weight * rows * row
         scales = load64(operands + _SCALES) + weight * rows * scale_row
         biases = load64(operands + _BIASES) + weight * rows * scale_row
-        out = carray(_floats(load64(operands + _OUT) + 4 * product * count * columns), (count, columns))
+        out = carray(floats(load64(operands + _OUT) + 4 * product * count * columns), (count, columns))
         narrow_size, wide_size = count * (height * span + 4), count * height
         memory = malloc(4 * narrow_size + 8 * wide_size)
         if memory == 0:
             return 1
-        wide = carray(_doubles(memory), wide_size)
-        narrow = carray(_floats(memory + 8 * wide_size), narrow_size)
+        wide = carray(doubles(memory), wide_size)
+        narrow = carray(floats(memory + 8 * wide_size), narrow_size)
         safe = load64(operands + _SAFE) if weight == load64(operands + _STACK) - 1 else rows
         tail = load64(operands + _TAIL) - safe * row
         _kernel(
@@ -265,7 +276,7 @@ def _decode(bits: int, kind: int) -> Any:
         row, scale_row, step = load64(operands + _ROW), load64(operands + _SCALE_ROW), load64(operands + _STEP)
         height, count = load64(operands + _HEIGHT), load64(operands + _COUNT)
         product, part = divmod(chunk, load64(operands + _CHUNKS))
-        weight = _weight(operands, product)
+        weight = chosen_weight(operands, product)
         packed = load64(operands + _PACKED) + weight * rows * row
         scales = load64(operands + _SCALES) + weight * rows * scale_row
         biases = load64(operands + _BIASES) + weight * rows * scale_row
@@ -276,10 +287,10 @@ def _decode(bits: int, kind: int) -> Any:
         to = load64(operands + _OUT) + 4 * product * count * columns
         middle = min(max(safe, first), last)
         if first < middle:
-            out = carray(_floats(to + 4 * (first - start) * columns), (middle - first, columns))
+            out = carray(floats(to + 4 * (first - start) * columns), (middle - first, columns))
             _kernel(number, bits, kind, packed, scales, biases, out, first, middle, columns, span, row, scale_row, step)
         if middle < last:
-            out = carray(_floats(to + 4 * (middle - start) * columns), (last - middle, columns))
+            out = carray(floats(to + 4 * (middle - start) * columns), (last - middle, columns))
             tail = load64(operands + _TAIL) - safe * row
             _kernel(number, bits, kind, tail, scales, biases, out, middle, last, columns, span, row, scale_row, step)
         return 0

@@ -16,6 +16,8 @@ from numba.extending import intrinsic
 from quantcore_backends.jax_backend.ffi.abi import CONSTANTS, OFFSETS
 
 __all__ = [
+    "FIRST_BODY",
+    "FIRST_ROUNDED",
     "OPTIONS",
     "TABLE",
     "answers_query",
@@ -40,10 +42,15 @@ __all__ = [
 
 OPTIONS: Final[dict[str, Any]] = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
 
-TABLE: Final = (ctypes.c_int64 * 512)()
-"""0, 1: version of XLA's interface; 2: most threads; 3: the pool's task; from 16: bodies of kernels."""
+TABLE: Final = (ctypes.c_int64 * 1024)()
+"""Version of XLA's interface (two integers); most threads; the pool's task; the rounded products' task.
 
-_LAST_RESORT: Final = 8 * 500  # in the table: where an error is put together if there is no memory
+From `FIRST_BODY` on: bodies of kernels. From `FIRST_ROUNDED` on: rounder, kernel and step for integer activations.
+"""
+FIRST_BODY: Final = 16
+FIRST_ROUNDED: Final = 128
+
+_LAST_RESORT: Final = 8 * 1016  # in the table: where an error is put together if there is no memory
 _SYMBOL: Final = "quantcore_xla_table"
 llvm.add_symbol(_SYMBOL, ctypes.addressof(TABLE))
 

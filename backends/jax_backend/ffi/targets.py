@@ -12,15 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quantcore_backends.cpu_kernels import compiled
+from quantcore_backends.cpu_kernels import compiled, integer
 from quantcore_backends.cpu_kernels.threads import thread_count
 from quantcore_backends.jax_backend.ffi import abi
 
-__all__ = ["KINDS", "OPERATIONS", "decode", "load", "product", "unusable"]
+__all__ = ["KINDS", "OPERATIONS", "decode", "load", "load_rounded", "product", "unusable"]
 
 OPERATIONS: Final = ("one_row", "few_rows", "along_rows", "decode")
 KINDS: Final = {"float32": 0, "float16": 1, "bfloat16": 2}
-_FIRST_BODY: Final = 16
 _ROW_SPAN: Final = 256
 _FLUSH: Final = 4096
 _lock: Final = threading.Lock()
@@ -34,7 +33,9 @@ def unusable() -> str:
     return abi.mismatch(jax.ffi.include_dir())
 
 
-def product(x: Any, leaves: Any, which: Any, scheme: Any, columns: int, *, along_rows: bool) -> Any:
+def product(
+    x: Any, leaves: Any, which: Any, scheme: Any, columns: int, *, along_rows: bool, width: int | None = None
+) -> Any:
     """Products of few rows of x with chosen weights of a stack, by one call of a compiled target.
 
     Parameters
@@ -49,6 +50,9 @@ def product(x: Any, leaves: Any, which: Any, scheme: Any, columns: int, *, along
         Logical length of the grouped axis.
     along_rows : bool
         Whether C is N instead of `columns`.
+    width : {16, 8}, optional
+        Bits of the integers that x is rounded to at first, for at most `integer.FEW_ROWS` rows; not along the rows.
+        With 8, 16 follow where those would lose too much of x; then floats.
 
     Returns
     -------
@@ -57,10 +61,15 @@ def product(x: Any, leaves: Any, which: Any, scheme: Any, columns: int, *, along
     packed, scales, _ = leaves
     products, count, _ = x.shape
     operation = "along_rows" if along_rows else "one_row" if count == 1 else "few_rows"
-    spec = _spec(operation, scheme, columns, scales.dtype.name)
-    shape = (products, count, columns) if along_rows else (products, packed.shape[1], count)
+    spec = _spec(operation, scheme, columns, scales.dtype.name, width or 0)
+    if width:
+        load_rounded(scheme, KINDS[scales.dtype.name], fast=width == 8)
+    turned = not (along_rows or width)
+    shape = (products, count, columns if along_rows else packed.shape[1])
+    if turned:
+        shape = (products, packed.shape[1], count)
     out = jax.ffi.ffi_call("quantcore_product", jax.ShapeDtypeStruct(shape, jnp.float32))(x, *leaves, which, spec=spec)
-    return out if along_rows else jnp.swapaxes(out, 1, 2)
+    return jnp.swapaxes(out, 1, 2) if turned else out
 
 
 def decode(leaves: Any, place: Any, height: int, scheme: Any, columns: int) -> Any:
@@ -86,13 +95,13 @@ def decode(leaves: Any, place: Any, height: int, scheme: Any, columns: int) -> A
     return jax.ffi.ffi_call("quantcore_decode", out)(*leaves, place, spec=spec)[0]
 
 
-def _spec(operation: str, scheme: Any, columns: int, dtype: str) -> np.ndarray[Any, Any]:
+def _spec(operation: str, scheme: Any, columns: int, dtype: str, width: int = 0) -> np.ndarray[Any, Any]:
     """The attribute of a call, with the kernel that it names loaded."""
     kind = KINDS[dtype]
     span = scheme.group_size or _ROW_SPAN
     number = load(operation, scheme.bits, kind)
     values = (number, kind, scheme.bits, columns, scheme.group_size or 0, span, max(1, _FLUSH // span))
-    return np.asarray([*values, operation == "along_rows"], np.int64)
+    return np.asarray([*values, operation == "along_rows", width], np.int64)
 
 
 @cache
@@ -102,18 +111,30 @@ def load(operation: str, bits: int, kind: int) -> int:
 
     with _lock:
         _register()
-        place = _FIRST_BODY + (bodies.OPERATIONS.index(operation) * 8 + bits - 1) * len(KINDS) + kind
+        place = frame.FIRST_BODY + (bodies.OPERATIONS.index(operation) * 8 + bits - 1) * len(KINDS) + kind
         frame.TABLE[place] = bodies.body(operation, bits, kind).address
         return place
 
 
 @cache
+def load_rounded(scheme: Any, kind: int, *, fast: bool) -> None:
+    """Likewise the kernels for x rounded to integers, with `fast` those of 8 bits too where they are worth it."""
+    from quantcore_backends.jax_backend.ffi import rounded
+
+    with _lock:
+        _register()
+        for width in (16, 8) if fast and integer.has_byte_dot(scheme) else (16,):
+            rounded.load(scheme, kind, width)
+
+
+@cache
 def _register() -> None:
-    from quantcore_backends.jax_backend.ffi import frame, handlers, pool
+    from quantcore_backends.jax_backend.ffi import frame, handlers, pool, rounded
 
     with open(abi.header(jax.ffi.include_dir()), encoding="utf-8") as file:
         (frame.TABLE[0], frame.TABLE[1]), _, _ = abi.read_header(file.read())
     pool.install(thread_count())
+    rounded.install()
     jax.devices("cpu")
     for name, handler in (("quantcore_product", handlers.product), ("quantcore_decode", handlers.decode)):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler.address), platform="cpu")

@@ -1,0 +1,202 @@
+"""Products of few rows of x inside jit: integers where they serve, floats where they don't, and the checks before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import quantcore as qc
+from quantcore.testing import oracle
+from quantcore_backends.cpu_kernels import integer
+from quantcore_backends.jax_backend import routes
+from quantcore_backends.jax_backend.door import layer_dot
+from quantcore_backends.jax_backend.ffi import targets
+
+BOUNDS = {"highest": 1e-12, "default": 1e-8, "fast": 1e-4}
+
+_dot = jax.jit(qc.dot, static_argnames=("precision", "out_dtype"))
+
+
+def weight(shape: tuple[int, ...], scheme: str, dtype: Any = np.float32) -> tuple[Any, Any]:
+    """A weight in NumPy's arrays, and its exact value."""
+    w = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+    qw = qc.quantize(w, scheme, pad=True)
+    return qw, oracle.exact_weight(*qw.flatten()[0], qw.scheme, shape[-1])
+
+
+def inputs(*shape: int) -> Any:
+    return np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+
+
+def nmse(actual: Any, true: Any) -> float:
+    return float(((np.asarray(actual, np.float64) - true) ** 2).sum() / (true**2).sum())
+
+
+def run(x: Any, qw: Any, precision: str) -> Any:
+    return np.asarray(_dot(jnp.asarray(x), qw.to("jax"), precision=precision))
+
+
+def test_the_table_of_kernels() -> None:
+    groups = qc.Scheme(bits=4, group_size=64)
+    few = integer.FEW_ROWS
+    assert routes._kernel("default", routes._sharing(groups, False), few) == "rounded"
+    assert routes._kernel("fast", routes._sharing(groups, False), 1) == "rounded_first_to_bytes"
+    assert routes._kernel("default", routes._sharing(groups, False), few + 1) == "few_rows"
+    assert routes._kernel("highest", routes._sharing(groups, False), 1) == "few_rows"
+    assert routes._kernel("default", routes._sharing(groups, True), 1) == "few_rows"
+    assert routes._kernel("default", routes._sharing(qc.Scheme(bits=1, group_size=16), False), 1) == "few_rows"
+    assert routes._kernel("default", routes._sharing(groups, False), 1000) == "tiles"
+
+
+@pytest.mark.parametrize("precision", BOUNDS)
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(
+    ("shape", "scheme", "dtype"),
+    [
+        ((70, 256), "affine-int4-g64", np.float32),
+        ((70, 300), "affine-int3-g32", np.float32),
+        ((3, 40), "affine-int3-g16", np.float32),
+        ((9, 513), "affine-int2-g256", np.float16),
+        ((70, 190), "affine-int4-g32", jnp.bfloat16),
+        ((5, 70), "affine-int8-row", np.float32),
+        ((1, 7), "affine-int4-row", np.float32),
+    ],
+)
+def test_errors_stay_in_their_bounds(
+    shape: tuple[int, ...], scheme: str, dtype: Any, rows: int, precision: str
+) -> None:
+    qw, exact = weight(shape, scheme, dtype)
+    x = inputs(rows, shape[-1])
+    made = _dot(jnp.asarray(x), qw.to("jax"), precision=precision, out_dtype="float32")
+    true = oracle.product(x, exact)
+    assert oracle.nmse(np.asarray(made, np.float64) - true, true, x, exact) <= BOUNDS[precision]
+
+
+@pytest.mark.parametrize("precision", ["default", "fast"])
+def test_the_same_as_numpy(precision: str) -> None:
+    """The same kernels on the same integers; with threads too."""
+    qw, _ = weight((600, 1024), "affine-int4-g64")
+    x = inputs(2, 1024)
+    np.testing.assert_array_equal(run(x, qw, precision), qc.dot(x, qw, precision=precision))
+
+
+@pytest.mark.parametrize("precision", ["default", "fast"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_an_outlier_is_left_to_floats(rows: int, precision: str) -> None:
+    """Integers would lose the rest of its run."""
+    qw, exact = weight((70, 256), "affine-int4-g64")
+    x = inputs(rows, 256)
+    x[-1, 5] = 1e9
+    assert nmse(run(x, qw, precision), x.astype(float) @ exact.T) <= BOUNDS["highest"]
+    # where 8 bits lose too much, 16 follow
+    x[-1, 5] = 60
+    if precision == "fast" and integer.has_byte_dot(qw.scheme):
+        assert nmse(run(x, qw, "fast"), x.astype(float) @ exact.T) <= BOUNDS["default"]
+
+
+@pytest.mark.parametrize("precision", BOUNDS)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
+def test_results_are_not_finite_where_those_of_floats_are_not(value: float, precision: str) -> None:
+    qw, exact = weight((33, 128), "affine-int4-g32")
+    x = inputs(3, 128)
+    x[1, 7] = value
+    made = run(x, qw, precision)
+    with np.errstate(all="ignore"):
+        true = (x.astype(float) @ exact.T).astype(np.float32)
+    np.testing.assert_array_equal(np.isnan(made), np.isnan(true))
+    np.testing.assert_array_equal(np.isinf(made), np.isinf(true))
+    assert nmse(made[[0, 2]], x[[0, 2]].astype(float) @ exact.T) <= BOUNDS[precision]
+
+
+def test_an_overflow_is_left_to_floats() -> None:
+    """Integers serve x, but a sum of the float32 kernel overflows; scales of one row are not finite."""
+    qw, exact = weight((8, 64), "affine-int4-g64")
+    packed, scales, biases = (np.array(leaf) for leaf in qw.flatten()[0])
+    scales[3] = np.inf
+    broken = qc.quantized_tensor(packed, scales, biases, (8, 64), qw.scheme)
+    x = inputs(2, 64)
+    made = run(x, broken, "default")
+    finite = np.arange(8) != 3
+    assert not np.isfinite(made[:, 3]).any()
+    assert nmse(made[:, finite], x.astype(float) @ exact.T[:, finite]) <= BOUNDS["default"]
+
+
+@pytest.mark.parametrize("precision", ["default", "fast"])
+def test_stacks_and_chosen_weights(precision: str) -> None:
+    """Of 3 bits, where the last rows of each weight are copied; one product has an outlier, the others don't."""
+    qw, exact = weight((4, 21, 96), "affine-int3-g32")
+    x = inputs(4, 2, 96)
+    x[2, 1, 3] = 1e7
+    stack = qw.to("jax")
+    true = np.einsum("emk,enk->emn", x.astype(float), exact)
+    made = np.asarray(_dot(jnp.asarray(x), stack, precision=precision))
+    for e in range(4):
+        assert nmse(made[e], true[e]) <= (BOUNDS["highest"] if e == 2 else BOUNDS[precision])
+
+    @jax.jit
+    def chosen(x: Any, lhs: Any, rhs: Any) -> Any:
+        return qc.gather_dot(x, stack, lhs, rhs, precision=precision)
+
+    made = np.asarray(chosen(jnp.asarray(x), jnp.array([0, 1, 3]), jnp.array([3, 3, 0])))
+    for got, i, j in zip(made, (0, 1, 3), (3, 3, 0), strict=True):
+        assert nmse(got, x[i].astype(float) @ exact[j].T) <= BOUNDS[precision]
+
+    layer = jax.jit(lambda x, i: layer_dot(x, stack, i, precision=precision))
+    for i in (0, 3, -1):
+        assert nmse(layer(jnp.asarray(x[0]), i), x[0].astype(float) @ exact[i].T) <= BOUNDS[precision]
+    assert np.isnan(np.asarray(layer(jnp.asarray(x[0]), 4))).all()
+
+
+def test_a_rounded_product_that_does_not_fit_gives_an_error_of_xlas() -> None:
+    from quantcore_backends.jax_backend.ffi.operands import SPEC  # imports Numba
+
+    qw = weight((24, 128), "affine-int4-g64")[0].to("jax")
+    leaves = tuple(leaf[None] for leaf in qw.flatten()[0])
+    which = jnp.zeros(1, jnp.int32)
+    targets.load_rounded(qw.scheme, 0, fast=True)
+    good = targets._spec("few_rows", qw.scheme, 128, "float32", 16)
+    x = jnp.ones((1, 2, 128))
+
+    def call(x: Any, *leaves: Any, shape: Any = (1, 2, 24), **changes: int) -> Any:
+        spec = good.copy()
+        for name, value in changes.items():
+            spec[SPEC.index(name)] = value
+        out = jax.ShapeDtypeStruct(shape, np.float32)
+        return jax.block_until_ready(jax.ffi.ffi_call("quantcore_product", out)(x, *leaves, which, spec=spec))
+
+    assert call(x, *leaves).shape == (1, 2, 24)
+    for wrong in (
+        lambda: call(x[..., :64], *leaves),
+        lambda: call(x, *leaves, shape=(1, 24, 2)),
+        lambda: call(x, leaves[0][:, :, :8], *leaves[1:]),
+        lambda: call(x, leaves[0], leaves[1][:, :12], leaves[2]),
+        lambda: call(x, *leaves, width=4),
+        lambda: call(x, *leaves, width=-1),
+        lambda: call(x, *leaves, along_rows=1),
+        lambda: call(x, *leaves, bits=40),
+        lambda: call(x, *leaves, bits=0),
+        lambda: call(x, *leaves, kind=7),
+        lambda: call(x, *leaves, kind=1),
+        lambda: call(x, *leaves, group=1),
+        lambda: call(x, *leaves, group=1 << 40),
+        lambda: call(x, *leaves, span=1),
+        lambda: call(x, *leaves, body=0),
+        lambda: call(x, *leaves, body=900),
+        lambda: call(x, *leaves, columns=-128),
+    ):
+        with pytest.raises(Exception, match="quantcore: "):
+            wrong()
+
+
+def test_no_products_at_all() -> None:
+    """The target is safe with empty operands, though the primitive doesn't call it with any."""
+    qw = weight((24, 128), "affine-int4-g64")[0].to("jax")
+    leaves = tuple(leaf[None] for leaf in qw.flatten()[0])
+    for products, rows in ((0, 2), (1, 0)):
+        x, which = jnp.ones((products, rows, 128)), jnp.zeros(products, jnp.int32)
+        made = targets.product(x, leaves, which, qw.scheme, 128, along_rows=False, width=16)
+        assert made.shape == (products, rows, 24)
