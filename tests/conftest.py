@@ -109,6 +109,27 @@ def decode() -> Callable[[qc.QuantizedTensor], Array]:
     return _decode
 
 
+def _close(result: Any, expected: Any, *operands: Any, bound: float = 1e-8) -> None:
+    expected = np.asarray(expected, np.float64)
+    assert result.shape == expected.shape
+    error = np.asarray(result).astype(np.float64) - expected
+    assert np.isfinite(error).all()
+    spread = float((expected**2).sum())
+    if operands:
+        x, w = (np.asarray(operand).astype(np.float64) for operand in operands)
+        spread = max(spread, float(expected.size * x.shape[-1] * (x**2).mean() * (w**2).mean()))
+    assert (error**2).sum() <= bound * spread, f"NMSE {(error**2).sum() / (spread or 1):.1e}"
+
+
+@pytest.fixture(scope="session")
+def close() -> Callable[..., None]:
+    """Check that a product has the shape of `expected` and is as near as the default precision promises.
+
+    With the product's operands, contracted along x's last axis, its expected size counts where the sum cancels.
+    """
+    return _close
+
+
 @pytest.fixture
 def spoil() -> Iterator[pytest.MonkeyPatch]:
     """A monkeypatch for tests that change the set of backends: undone, and the registry put right, at the end."""

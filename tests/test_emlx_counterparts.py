@@ -37,10 +37,9 @@ def exact(qw: QuantizedTensor) -> Array:
     return np.asarray(qc.to_library(qw.dequantize(), "numpy")).astype(np.float64)
 
 
-def near(result: Any, expected: Array) -> None:
-    result = np.asarray(result)
-    assert result.shape == expected.shape
-    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=2e-5 * np.abs(expected).max())
+@pytest.fixture
+def near(close: Callable[..., None]) -> Callable[..., None]:
+    return lambda result, expected: close(np.asarray(result), expected)
 
 
 # --- the functions, by name -----------------------------------------------------------------------------------
@@ -73,7 +72,7 @@ def test_is_quantized(both: Any) -> None:
 
 @pytest.mark.parametrize("orientation", ["transpose", "no transpose"])
 @pytest.mark.parametrize(("bits", "group_size"), EXTENDED)
-def test_quantized_matmul(bits: int, group_size: int, orientation: str, both: Any) -> None:
+def test_quantized_matmul(bits: int, group_size: int, orientation: str, both: Any, near: Any) -> None:
     """``quantized_matmul(x, w, transpose: true)`` is dot, ``transpose: false`` is matmul."""
     qw = qc.quantize(both.array(W), bits=bits, group_size=group_size)
     if orientation == "transpose":
@@ -83,7 +82,7 @@ def test_quantized_matmul(bits: int, group_size: int, orientation: str, both: An
         near(both.numpy(qc.matmul(both.array(y), qw)), y @ exact(qw))
 
 
-def test_quantized_tensor(both: Any) -> None:
+def test_quantized_tensor(both: Any, near: Any) -> None:
     """Packed arrays from elsewhere, annotated; EMLX checks nothing, this checks everything."""
     packed, scales, biases = (both.array(np.asarray(part)) for part in mx.quantize(mx.array(W), group_size=32, bits=8))
     qw = qc.quantized_tensor(packed, scales, biases, W.shape, "affine-int8-g32")
@@ -108,7 +107,7 @@ def test_from_dense(dtype: str, both: Any) -> None:
     assert np.abs(exact(qw) - dense.astype(np.float64)).max() < 0.05
 
 
-def test_transparent_dot_with_nx_axes(both: Any) -> None:
+def test_transparent_dot_with_nx_axes(both: Any, near: Any) -> None:
     """``Nx.dot(input, [2], qw, [1])``, at a call site that knows nothing of quantization."""
 
     def layer(x: Any, w: Any) -> Any:
@@ -120,13 +119,13 @@ def test_transparent_dot_with_nx_axes(both: Any) -> None:
     near(both.numpy(layer(both.array(X), dense)), X @ W.T.astype(np.float64))
 
 
-def test_transparent_dot_with_the_operator() -> None:
+def test_transparent_dot_with_the_operator(near: Any) -> None:
     qw = qc.quantize(W)
     near(X @ qw.mT, X @ exact(qw).T)
     np.testing.assert_array_equal(X @ qw.mT, qc.dot(X, qw))
 
 
-def test_transparent_dot_in_a_namespace(both: Any) -> None:
+def test_transparent_dot_in_a_namespace(both: Any, near: Any) -> None:
     qw = qc.quantize(both.array(W))
     x = both.array(X)
     near(both.numpy(qc.array_namespace(x, qw).matmul(x, qw.mT)), X @ exact(qw).T)
@@ -134,7 +133,7 @@ def test_transparent_dot_in_a_namespace(both: Any) -> None:
 
 @pytest.mark.parametrize("layout", ["out_in", "in_out"])
 @pytest.mark.parametrize(("bits", "group_size"), EXTENDED)
-def test_both_weight_layouts(layout: str, bits: int, group_size: int, both: Any) -> None:
+def test_both_weight_layouts(layout: str, bits: int, group_size: int, both: Any, near: Any) -> None:
     """Weights stored (out, in), as checkpoints have them, and (in, out), as Axon has them."""
     if layout == "out_in":
         qw = qc.quantize(both.array(W), bits=bits, group_size=group_size)
@@ -166,7 +165,7 @@ def stored(bits: int, group_size: int, flip: bool) -> QuantizedTensor:
 
 
 @pytest.mark.parametrize(("bits", "group_size", "flip"), TRACED)
-def test_compiled_function_that_closes_over_the_weight(bits: int, group_size: int, flip: bool) -> None:
+def test_compiled_function_that_closes_over_the_weight(bits: int, group_size: int, flip: bool, near: Any) -> None:
     qw = stored(bits, group_size, flip)
     traces = []
 
@@ -183,7 +182,7 @@ def test_compiled_function_that_closes_over_the_weight(bits: int, group_size: in
 
 
 @pytest.mark.parametrize(("bits", "group_size", "flip"), TRACED)
-def test_compiled_function_that_takes_the_leaves(bits: int, group_size: int, flip: bool) -> None:
+def test_compiled_function_that_takes_the_leaves(bits: int, group_size: int, flip: bool, near: Any) -> None:
     qw = stored(bits, group_size, flip)
     leaves, rebuild = qw.flatten()
     compiled = mx.compile(lambda x, leaves: qc.dot(x, rebuild(leaves)))
@@ -193,7 +192,7 @@ def test_compiled_function_that_takes_the_leaves(bits: int, group_size: int, fli
 
 
 @pytest.mark.parametrize(("bits", "group_size", "flip"), TRACED)
-def test_quantizing_inside_the_trace_that_uses_it(bits: int, group_size: int, flip: bool) -> None:
+def test_quantizing_inside_the_trace_that_uses_it(bits: int, group_size: int, flip: bool, near: Any) -> None:
     """In EMLX a freshly quantized value can't feed a traced dot; here it can."""
 
     def step(x: Any, w: Any) -> Any:
@@ -204,7 +203,7 @@ def test_quantizing_inside_the_trace_that_uses_it(bits: int, group_size: int, fl
     near(mx.compile(step)(mx.array(X), mx.array(W)), X @ exact(stored(bits, group_size, flip)).T)
 
 
-def test_take_and_gather_dot_inside_a_trace() -> None:
+def test_take_and_gather_dot_inside_a_trace(near: Any) -> None:
     table = qc.quantize(mx.array(W), group_size=32)
     experts = qc.quantize(mx.array(W.reshape(3, 32, 64)), group_size=32)
 
@@ -238,7 +237,7 @@ def numeric(loss: Callable[[Array], float], x: Array) -> Array:
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize(("bits", "group_size", "flip"), TRACED)
-def test_gradient_of_x(bits: int, group_size: int, flip: bool, compiled: bool) -> None:
+def test_gradient_of_x(bits: int, group_size: int, flip: bool, compiled: bool, near: Any) -> None:
     qw = stored(bits, group_size, flip)
     x = X[0, :2]
 
@@ -253,7 +252,7 @@ def test_gradient_of_x(bits: int, group_size: int, flip: bool, compiled: bool) -
 
 
 @pytest.mark.parametrize(("bits", "group_size", "flip"), TRACED)
-def test_vjp_of_x(bits: int, group_size: int, flip: bool) -> None:
+def test_vjp_of_x(bits: int, group_size: int, flip: bool, near: Any) -> None:
     qw = stored(bits, group_size, flip)
     cotangent = RNG.standard_normal((2, 5, 96)).astype(np.float32)
     (value,), (pulled,) = mx.vjp(lambda x: qc.dot(x, qw), [mx.array(X)], [mx.array(cotangent)])
@@ -262,7 +261,7 @@ def test_vjp_of_x(bits: int, group_size: int, flip: bool) -> None:
 
 
 @pytest.mark.parametrize("group_size", [16, 32])
-def test_vjp_through_a_stack_and_through_gather_dot(group_size: int) -> None:
+def test_vjp_through_a_stack_and_through_gather_dot(group_size: int, near: Any) -> None:
     experts = qc.quantize(mx.array(W.reshape(3, 32, 64)), group_size=group_size)
     x = RNG.standard_normal((3, 4, 64)).astype(np.float32)
     cotangent = RNG.standard_normal((3, 4, 32)).astype(np.float32)
@@ -275,7 +274,7 @@ def test_vjp_through_a_stack_and_through_gather_dot(group_size: int) -> None:
     near(pulled, cotangent @ exact(experts)[chosen])
 
 
-def test_gradient_through_a_left_operand_and_axes() -> None:
+def test_gradient_through_a_left_operand_and_axes(near: Any) -> None:
     qw = stored(4, 32, False)
     x = X[0]
     w = exact(qw)
@@ -288,23 +287,23 @@ def test_gradient_through_a_left_operand_and_axes() -> None:
 # --- EMLX's limits, lifted ------------------------------------------------------------------------------------
 
 
-def test_weights_of_more_than_two_axes(both: Any) -> None:
+def test_weights_of_more_than_two_axes(both: Any, near: Any) -> None:
     stack = qc.quantize(both.array(W.reshape(3, 32, 64)), group_size=32)
     near(both.numpy(qc.dot(both.array(X[0]), stack)), X[0] @ np.swapaxes(exact(stack), -1, -2))
 
 
-def test_a_quantized_left_operand(both: Any) -> None:
+def test_a_quantized_left_operand(both: Any, near: Any) -> None:
     qw = qc.quantize(both.array(W), group_size=32)
     near(both.numpy(qc.dot(qw, both.array(X[0]))), exact(qw) @ X[0].T)
 
 
-def test_in_features_that_are_not_whole_groups(both: Any) -> None:
+def test_in_features_that_are_not_whole_groups(both: Any, near: Any) -> None:
     qw = qc.quantize(both.array(W[:, :50].copy()), group_size=32, pad=True)
     assert qw.shape == (96, 50)
     near(both.numpy(qc.dot(both.array(X[..., :50].copy()), qw)), X[..., :50] @ exact(qw).T)
 
 
-def test_axes_of_the_left_operand_are_honoured(both: Any) -> None:
+def test_axes_of_the_left_operand_are_honoured(both: Any, near: Any) -> None:
     qw = qc.quantize(both.array(W), group_size=32)
     x = RNG.standard_normal((64, 3)).astype(np.float32)
     near(both.numpy(qc.dot(both.array(x), qw, axes=([0], [1]))), x.T @ exact(qw).T)

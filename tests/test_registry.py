@@ -162,7 +162,7 @@ BREAKAGES = [
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES, ids=lambda b: type(b).__name__)
-def test_a_broken_plugin_warns_once_and_harms_nobody(spoil: pytest.MonkeyPatch, breakage: Any) -> None:
+def test_a_broken_plugin_warns_once_and_harms_nobody(spoil: pytest.MonkeyPatch, breakage: Any, close: Any) -> None:
     install(spoil, Entry("bad", breakage), Entry("toy", Toy()))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -175,7 +175,7 @@ def test_a_broken_plugin_warns_once_and_harms_nobody(spoil: pytest.MonkeyPatch, 
     assert "'bad'" in str(told[0].message)
     assert "some-distribution 1.2" in str(told[0].message)
     np.testing.assert_array_equal(result, other)
-    np.testing.assert_allclose(result, X @ QW.dequantize().T, rtol=1e-5, atol=1e-4)
+    close(result, X @ QW.dequantize().T)
     bad = record("bad")
     assert bad.state is State.BROKEN
     assert bad.exception is not None
@@ -261,13 +261,13 @@ def test_required_modules_are_looked_up_and_not_imported(spoil: pytest.MonkeyPat
     assert "xml.dom.minidom" not in sys.modules
 
 
-def test_a_framework_that_is_found_and_fails_at_import(spoil: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_a_framework_that_is_found_and_fails_at_import(spoil: pytest.MonkeyPatch, tmp_path: Any, close: Any) -> None:
     (tmp_path / "hollow_framework.py").write_text("raise ImportError('libhollow.so: cannot open shared object file')")
     spoil.syspath_prepend(str(tmp_path))
     qc.register(Toy(priority=50, requires=("hollow_framework",), install_hint="pip install hollow[cpu]"))
     assert record("toy").state is State.READY  # it is there, as far as one can see without importing it
     result = qc.dot(X, QW)  # the first use finds out, and the next backend computes it
-    np.testing.assert_allclose(result, X @ QW.dequantize().T, rtol=1e-5, atol=1e-4)
+    close(result, X @ QW.dequantize().T)
     found = record("toy")
     assert found.state is State.UNAVAILABLE
     assert "hollow_framework" in found.reason
@@ -332,12 +332,12 @@ def test_what_is_disabled_may_be_registered_by_hand(spoil: pytest.MonkeyPatch) -
         qc.refresh()
 
 
-def test_a_disabled_library_falls_back_to_the_array_api(spoil: pytest.MonkeyPatch) -> None:
+def test_a_disabled_library_falls_back_to_the_array_api(spoil: pytest.MonkeyPatch, close: Any) -> None:
     expected = qc.dot(X, QW)
     spoil.setenv("QUANTCORE_DISABLE", "numpy")
     qc.refresh()
     assert qc.explain("dot", X, QW).backend == "array_api"
-    np.testing.assert_allclose(qc.dot(X, QW), expected, rtol=1e-5, atol=1e-5)
+    close(qc.dot(X, QW), expected)
 
 
 # --- by hand --------------------------------------------------------------------------------------------------

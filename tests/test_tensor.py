@@ -287,10 +287,10 @@ def test_indexing_a_transposed_tensor_slices_its_last_axis(lib: Any, index: Any)
     same_bits(lib.numpy(qw[index].dequantize()), np.ascontiguousarray(dense[index]))
 
 
-def test_an_indexed_tensor_still_multiplies() -> None:
+def test_an_indexed_tensor_still_multiplies(close: Any) -> None:
     qw = make(STACK)
     x = RNG.standard_normal((5, 64)).astype(np.float32)
-    np.testing.assert_allclose(qc.dot(x, qw[1, 0, ::-2]), x @ qw.dequantize()[1, 0, ::-2].T, rtol=1e-5, atol=1e-5)
+    close(qc.dot(x, qw[1, 0, ::-2]), x @ qw.dequantize()[1, 0, ::-2].T)
 
 
 @pytest.mark.parametrize(
@@ -452,12 +452,6 @@ def test_a_padded_tensor_keeps_its_logical_size_through_pickle() -> None:
 X = RNG.standard_normal((3, 128)).astype(np.float32)
 
 
-def close(result: Any, expected: Array) -> None:
-    assert type(result) is np.ndarray
-    assert result.shape == expected.shape
-    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-4)
-
-
 @pytest.mark.parametrize(
     "product",
     [
@@ -478,7 +472,7 @@ def close(result: Any, expected: Array) -> None:
         lambda x, qw: np.stack([row @ qw.mT for row in x]),
     ],
 )
-def test_products_in_numpy_s_words(product: Callable[[Array, QuantizedTensor], Array]) -> None:
+def test_products_in_numpy_s_words(product: Callable[[Array, QuantizedTensor], Array], close: Any) -> None:
     qw = make()
     close(product(X, qw), X @ qw.dequantize().T)
 
@@ -547,7 +541,7 @@ def test_other_libraries_own_operators_refuse_it(libraries: dict[str, Any]) -> N
         )
 
 
-def test_torch_s_protocol_is_there_without_torch() -> None:
+def test_torch_s_protocol_is_there_without_torch(close: Any) -> None:
     answer = QuantizedTensor.__torch_function__
     close(answer(SimpleNamespace(__name__="linear"), (), (X, make())), X @ make().dequantize().T)
     close(
