@@ -403,7 +403,8 @@ def test_any_legal_axes_of_any_sizes(data: st.DataObject) -> None:
     for i, j in zip(x_axes, w_axes, strict=True):
         shape[i] = qw.shape[j]
     x = random(*shape)
-    agree(qc.dot(x, qw, axes=(x_axes, w_axes)), np.tensordot(exact(x), exact(qw), axes=(x_axes, w_axes)))
+    product = qc.dot(x, qw, axes=(x_axes, w_axes), precision="highest")  # by default, one sum of few terms may cancel
+    agree(product, np.tensordot(exact(x), exact(qw), axes=(x_axes, w_axes)))
 
 
 def test_an_int_means_the_last_of_x_with_the_first_of_w(lib: Any) -> None:
@@ -447,7 +448,7 @@ def promoted(a: str, b: str) -> str:
     return max(a, b, key=WIDTH.__getitem__)
 
 
-HALVES = {"float16": 2e-3, "bfloat16": 1.6e-2, "float32": 1e-5, "float64": 1e-5}
+HALVES = {"float16": 2e-3, "bfloat16": 1.6e-2, "float32": 1e-4, "float64": 1e-5}
 
 
 X_DTYPES, W_DTYPES = ("float16", "bfloat16", "float32", "float64"), ("float16", "bfloat16", "float32")

@@ -7,6 +7,7 @@ once, at trace time.
 """
 
 import operator
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ __all__ = ["register"]
 _Static = tuple[str, int, str, str, bool]
 
 
+@cache
 def register() -> None:
     """Register the pytree, and the functions that Dynamo leaves closed. Once a process."""
     pytree.register_pytree_node(

@@ -20,6 +20,13 @@ RULES = {"down": None, nn.Embedding: "affine-int8-g32", "*": "affine-int8-g32"}
 TOKENS = torch.tensor([[1, 2, 3], [49, 0, 7]])
 
 
+def close(actual: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Of one shape and dtype, and as near as a product or two in the default precision are."""
+    assert (actual.shape, actual.dtype) == (wanted.shape, wanted.dtype)
+    actual, wanted = actual.detach().double(), wanted.detach().double()
+    assert ((actual - wanted) ** 2).sum() <= 2e-8 * (wanted**2).sum()
+
+
 class Language(nn.Module):
     """A model with every kind of layer that matters: tied, shared, left dense."""
 
@@ -76,7 +83,7 @@ def test_layers_are_replaced_in_place_by_rules(dense: Language) -> None:
 def test_a_replaced_layer_computes_what_its_weight_stands_for(model: Language) -> None:
     x = torch.randn(4, 64)
     wanted = nn.functional.linear(x, model.up.weight.dequantize(), model.up.bias)
-    torch.testing.assert_close(model.up(x), wanted)
+    close(model.up(x), wanted)
     torch.testing.assert_close(model.embed(TOKENS), model.embed.weight.dequantize()[TOKENS])
 
 
@@ -261,22 +268,22 @@ def test_a_tensor_shares_its_memory_with_the_layer() -> None:
 def test_compile(model: Language, backend: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    torch.testing.assert_close(compiled(TOKENS), model(TOKENS))
+    close(compiled(TOKENS), model(TOKENS))
     compiled(TOKENS).sum().backward()
     functional = torch.compile(lambda x: nn.functional.linear(x, model.up.weight), fullgraph=True, backend=backend)
     x = torch.randn(2, 64)
-    torch.testing.assert_close(functional(x), x @ model.up.weight.dequantize().mT)
+    close(functional(x), x @ model.up.weight.dequantize().mT)
 
 
 def test_export(model: Language) -> None:
     program = torch.export.export(model, (TOKENS,))
     called = [str(node.target) for node in program.graph.nodes if "quantcore" in str(node.target)]
     assert called == ["quantcore.take.default", "quantcore.dot.default", "quantcore.dot.default"]
-    torch.testing.assert_close(program.module()(TOKENS), model(TOKENS))
+    close(program.module()(TOKENS), model(TOKENS))
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
-    torch.testing.assert_close(torch.export.load(file).module()(TOKENS), model(TOKENS))
+    close(torch.export.load(file).module()(TOKENS), model(TOKENS))
 
 
 def test_functional_call() -> None:
@@ -286,7 +293,7 @@ def test_functional_call() -> None:
     doubled = {f"0.quantized.{name}": 2 * getattr(model[0].quantized, name) for name in ("scales", "biases")}
     without_bias = {**doubled, "0.bias": torch.zeros(8)}
     wanted = 2 * (model(x) - model[0].bias)
-    torch.testing.assert_close(torch.func.functional_call(model, without_bias, (x,)), wanted)
+    close(torch.func.functional_call(model, without_bias, (x,)), wanted)
 
 
 # --- the door -----------------------------------------------------------------------------------------------------

@@ -33,9 +33,11 @@ X = torch.randn(3, 64)
 FULL = {"fullgraph": True, "backend": "aot_eager"}
 
 
-def close(actual: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-5) -> None:
+def close(actual: torch.Tensor, wanted: torch.Tensor, bound: float = 1e-8) -> None:
+    """Of one shape, and within an NMSE of one another: that of the default precision unless said otherwise."""
     assert actual.shape == wanted.shape
-    torch.testing.assert_close(actual.double(), wanted.double(), rtol=tolerance, atol=10 * tolerance)
+    actual, wanted = actual.detach().double(), wanted.detach().double()
+    assert ((actual - wanted) ** 2).sum() <= bound * (wanted**2).sum()
 
 
 # --- torch's own functions ----------------------------------------------------------------------------------------
@@ -130,7 +132,7 @@ def test_half_precision_gradient() -> None:
     x = X.half().requires_grad_()
     (gradient,) = torch.autograd.grad(qc.dot(x, WEIGHT).sum(), x)
     assert gradient.dtype == torch.float16
-    close(gradient, DENSE.sum(0).expand(3, 64), 2e-3)
+    close(gradient, DENSE.sum(0).expand(3, 64), 1e-5)
 
 
 @pytest.mark.parametrize("call", [lambda q: qc.dot(X, q), lambda q: q.dequantize()], ids=["dot", "dequantize"])
@@ -157,7 +159,7 @@ TRANSFORMS: dict[str, Callable[[Callable[[torch.Tensor], torch.Tensor]], torch.T
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms(name: str) -> None:
     wanted = TRANSFORMS[name](lambda x: x @ DENSE.float().mT)
-    close(TRANSFORMS[name](lambda x: qc.dot(x, WEIGHT)), wanted, 1e-4)
+    close(TRANSFORMS[name](lambda x: qc.dot(x, WEIGHT)), wanted, 1e-7)
 
 
 def test_vmap_over_the_weight() -> None:
@@ -208,7 +210,7 @@ def test_compile(backend: str) -> None:
         compiled = torch.compile(function, fullgraph=True, backend=backend)
         close(compiled(X), wanted)
         (gradient,) = torch.autograd.grad(compiled(x).sum(), x)
-        close(gradient, (1 - wanted**2) @ DENSE.float(), 1e-4)
+        close(gradient, (1 - wanted**2) @ DENSE.float(), 1e-6)
     as_input = torch.compile(lambda x, q: torch.tanh(qc.dot(x, q)), fullgraph=True, backend=backend)
     close(as_input(X, WEIGHT), wanted)
 
@@ -421,7 +423,7 @@ def test_tiles_are_smaller_than_the_weight(monkeypatch: pytest.MonkeyPatch) -> N
         used = qw.mT if transposed else qw
         x = torch.randn(5, used.shape[-1])
         y = tiles.dot(x, *qw.flatten()[0], str(qw.scheme), 512, transposed, "float32", "default")
-        close(y, x @ used.dequantize().mT, 1e-4)
+        close(y, x @ used.dequantize().mT)
     assert len(made) > 10
     assert max(made) <= 4096
 
@@ -480,3 +482,10 @@ def test_threads_compile_and_multiply_at_once() -> None:
     for thread in threads:
         thread.join()
     assert not raised
+
+
+def test_looking_for_backends_anew_leaves_torch_as_it_is() -> None:
+    """What torch was told at the first use can't be told it twice."""
+    qc.refresh()
+    close(qc.dot(X, WEIGHT), X @ DENSE.float().mT)
+    assert torch.equal(WEIGHT.to("numpy").to("torch").dequantize(), WEIGHT.dequantize())
