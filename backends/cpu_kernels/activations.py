@@ -8,8 +8,8 @@ from functools import cache
 from typing import Any, Final
 
 import numpy as np
-from numba import cfunc, njit
 
+from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
 from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, STAMP, floats_at, integers_at, job_at
 from quantcore_backends.cpu_kernels.simd_int import Form, chunk_codes, form, lane_codes
 from quantcore_backends.cpu_kernels.vectors import LANES

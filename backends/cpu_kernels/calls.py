@@ -2,8 +2,7 @@
 
 from typing import Any, Final
 
-from numba import njit
-
+from quantcore_backends.cpu_kernels.disk_cache import njit
 from quantcore_backends.cpu_kernels.job import CALL, COMPILED, JOB, STAMP, addresses_at, bytes_at
 from quantcore_backends.cpu_kernels.pool import parallel
 

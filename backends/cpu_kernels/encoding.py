@@ -4,8 +4,8 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import cfunc, njit
 
+from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
 from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, STAMP, bytes_at, floats_at, job_at, words_at
 from quantcore_backends.cpu_kernels.simd import LANES, greatest, larger, least, load, scale_at, smaller, splat
 

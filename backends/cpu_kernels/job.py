@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from numba import carray, njit, types
+from numba import carray, types
 from numba.extending import intrinsic
+
+from quantcore_backends.cpu_kernels.disk_cache import njit
 
 __all__ = [
     "CALL",

@@ -14,8 +14,8 @@ from functools import cache
 from typing import Any, Final
 
 import numpy as np
-from numba import njit
 
+from quantcore_backends.cpu_kernels.disk_cache import njit
 from quantcore_backends.cpu_kernels.simd import (
     LANES,
     byte_at,

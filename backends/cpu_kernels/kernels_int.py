@@ -9,9 +9,9 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import cfunc, njit
 
 from quantcore_backends.cpu_kernels.activations import step_codes
+from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
 from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, STAMP, floats_at, job_at, row_of
 from quantcore_backends.cpu_kernels.simd import fma, load, prefetch, scale_at, times, total, zero
 from quantcore_backends.cpu_kernels.simd_int import (

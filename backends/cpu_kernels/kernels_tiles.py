@@ -12,8 +12,8 @@ from functools import cache
 from typing import Any, Final
 
 import numpy as np
-from numba import cfunc, njit
 
+from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
 from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, STAMP, addresses_at, floats_at, job_at, row_of
 from quantcore_backends.cpu_kernels.simd import scale_at
 from quantcore_backends.cpu_kernels.simd_int import chunk_codes, lane_codes

@@ -18,9 +18,11 @@ import platform
 from typing import Any, Final
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from quantcore_backends.cpu_kernels.disk_cache import njit
 
 __all__ = ["CPUS", "MOST_WORKERS", "POOL_BYTES", "call_kernel", "keep_apart", "parallel", "prepare", "stop", "work"]
 

@@ -10,8 +10,8 @@ from functools import cache
 from typing import Any, Final
 
 import numpy as np
-from numba import njit
 
+from quantcore_backends.cpu_kernels.disk_cache import njit
 from quantcore_backends.cpu_kernels.kernels import code_at, rest, zero_code
 from quantcore_backends.cpu_kernels.simd import LANES, codes, float_at, fma, load, minus, scale_at, splat, store
 

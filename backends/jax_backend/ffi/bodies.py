@@ -8,10 +8,11 @@ from functools import cache
 from typing import Any, Final
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, types
 from numba.extending import intrinsic, overload
 
 from quantcore_backends.cpu_kernels import kernels, transposed
+from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
 from quantcore_backends.cpu_kernels.kernels import code_at
 from quantcore_backends.cpu_kernels.simd import float_at, scale_at
 from quantcore_backends.jax_backend.ffi.frame import OPTIONS, free, load32, load64, malloc

@@ -9,10 +9,10 @@ from typing import Any, Final
 
 import llvmlite.binding as llvm
 from llvmlite import ir
-from numba import njit
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from quantcore_backends.cpu_kernels.disk_cache import njit
 from quantcore_backends.jax_backend.ffi.abi import CONSTANTS, OFFSETS
 
 __all__ = [

@@ -1,7 +1,8 @@
 """The XLA handlers: they check the buffers of x and of the result, and have a kernel go over all of them."""
 
-from numba import cfunc, types
+from numba import types
 
+from quantcore_backends.cpu_kernels.disk_cache import cfunc
 from quantcore_backends.jax_backend.ffi import bodies, rounded
 from quantcore_backends.jax_backend.ffi.frame import (
     answers_query,

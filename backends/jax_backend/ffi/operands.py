@@ -7,10 +7,11 @@ wrongly gives an error of XLA's, not a read out of bounds.
 from typing import Any, Final
 
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, types
 from numba.extending import intrinsic
 
 from quantcore_backends.cpu_kernels import kernels
+from quantcore_backends.cpu_kernels.disk_cache import njit
 from quantcore_backends.jax_backend.ffi import bodies, pool
 from quantcore_backends.jax_backend.ffi.abi import CONSTANTS, OFFSETS
 from quantcore_backends.jax_backend.ffi.bodies import FIELDS, doubles, floats

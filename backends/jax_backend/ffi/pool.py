@@ -5,8 +5,9 @@ fork. Here each thread, the caller among them, takes the next chunk until none i
 other thread ever comes; whoever is last to let go of the shared state frees it.
 """
 
-from numba import cfunc, njit, types
+from numba import types
 
+from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
 from quantcore_backends.jax_backend.ffi.abi import OFFSETS
 from quantcore_backends.jax_backend.ffi.frame import (
     OPTIONS,

@@ -5,11 +5,12 @@ What a kernel needs is worked out here from the shapes, not taken from the modul
 
 from typing import Final
 
-from numba import carray, cfunc, njit, types
+from numba import carray, types
 
 from quantcore import Scheme
 from quantcore_backends.cpu_kernels import integer, layout
 from quantcore_backends.cpu_kernels.activations import run_length
+from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
 from quantcore_backends.cpu_kernels.job import CALL, JOB, PLAN, job_at
 from quantcore_backends.cpu_kernels.pool import call_kernel
 from quantcore_backends.cpu_kernels.vectors import LANES
