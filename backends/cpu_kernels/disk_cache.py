@@ -1,9 +1,13 @@
-"""Numba's decorators, with a cache on disk that several processes may fill at once.
+"""Numba's decorators, with a cache on disk that is filled by several processes, one after another or at once.
 
-Numba numbers a function's cached files by what the index says is there. Two processes that compile different kernels of
-one factory at the same time read the same index and take the same number, and what stays is an index in which one
-kernel's key names the other's code: wrong results from then on, in every process. Here a file's number follows from
-what is in it, so that the worst that can be lost is an entry, which is compiled again.
+Functions that a factory makes have one name in Numba, and a number that counts up in each process. Two of them that
+were compiled in different processes can so have the same symbol, and a process that loads both from the disk calls one
+of them for either. Here what a function closes over is part of its name. It must have a name or a repr that says all
+there is to it: numbers, or functions that are made here.
+
+Numba also numbers a function's cached files by what the index says is there. Two processes that look at the same time
+take the same number for different code, and what stays is an index in which one key names the other's code. Here a
+file's number follows from what is in it: the worst that can be lost is an entry, which is compiled again.
 """
 
 import hashlib
@@ -38,10 +42,21 @@ class _Cache(FunctionCache):
         )
 
 
+def _named(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, its name telling it from others of its factory."""
+    if function.__closure__:
+        held = [cell.cell_contents for cell in function.__closure__]
+        values = [getattr(value, "__qualname__", None) or repr(value) for value in held]
+        digest = hashlib.sha256(repr((function.__code__.co_freevars, values)).encode()).hexdigest()
+        function.__qualname__ += f"_{digest[:16]}"
+    return function
+
+
 def njit(*, cache: bool = False, **options: Any) -> Callable[[Callable[..., Any]], Any]:
     """``numba.njit``; what is compiled goes to the disk if `cache`."""
 
     def compiled(function: Callable[..., Any]) -> Any:
+        function = _named(function)
         made = numba.njit(**options)(function)
         if cache:
             made._cache = _Cache(function)
@@ -54,6 +69,7 @@ def cfunc(signature: Any, *, cache: bool = False, **options: Any) -> Callable[[C
     """``numba.cfunc``; what is compiled goes to the disk if `cache`."""
 
     def compiled(function: Callable[..., Any]) -> Any:
+        function = _named(function)
         made: Any = CFunc(function, sigutils.normalize_signature(signature), locals={}, options=options)
         if cache:
             made._cache = _Cache(function)

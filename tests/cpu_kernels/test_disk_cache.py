@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +81,37 @@ def test_another_version_of_the_source_is_compiled_anew(cache: Path, monkeypatch
     monkeypatch.setattr(_SourceFileBackedLocatorMixin, "get_source_stamp", lambda self: "another")
     assert times(5)._cache_hits == 0
     assert times(5)._cache_hits == 1
+
+
+FACTORY = """
+from numba import types
+from quantcore_backends.cpu_kernels.disk_cache import cfunc
+
+def times(factor):
+    @cfunc(types.int64(types.int64), cache=True)
+    def kernel(x):
+        total = 0
+        for i in range(x):
+            total += factor * i
+        return total
+
+    return kernel
+"""
+
+
+def test_kernels_that_two_processes_compiled_serve_a_third(tmp_path: Path) -> None:
+    """Their numbers in Numba are the same, and so would be their symbols."""
+    (tmp_path / "factory.py").write_text(FACTORY)
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
+
+    def run(code: str) -> str:
+        code = f"from factory import times; {code}"
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=120
+        )
+        return done.stdout.strip()
+
+    assert run("print(times(2).ctypes(5))") == "20"
+    assert run("print(times(3).ctypes(5))") == "30"
+    both = "a, b = times(2), times(3); print(a._cache_hits, b._cache_hits, a.ctypes(5), b.ctypes(5))"
+    assert run(both) == "1 1 20 30"
