@@ -118,6 +118,14 @@ def test_another_header_is_noticed(tmp_path: Path, old: str, new: str, message: 
     assert re.search(message, abi.mismatch(str(tmp_path)))
 
 
+def test_version_0_4_has_another_name_for_the_same(tmp_path: Path) -> None:
+    text = HEADER.read_text().replace("XLA_FFI_Extension_Base", "XLA_FFI_InternalExtension")
+    target = Path(abi.header(str(tmp_path)))
+    target.parent.mkdir(parents=True)
+    target.write_text(re.sub(r"(#define XLA_FFI_API_MINOR) \d+", r"\1 4", text))
+    assert abi.mismatch(str(tmp_path)) == ""
+
+
 def test_no_header_is_noticed(tmp_path: Path) -> None:
     assert "can't be read" in abi.mismatch(str(tmp_path))
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 __all__ = ["CONSTANTS", "OFFSETS", "VERSIONS", "header", "mismatch", "read_header"]
 
-VERSIONS: Final = ((0, 1), (0, 2), (0, 3))
+VERSIONS: Final = ((0, 1), (0, 2), (0, 3), (0, 4))
 """Versions of the interface whose structs these are."""
 
 OFFSETS: Final[Mapping[str, int]] = MappingProxyType(
@@ -126,6 +126,7 @@ def read_header(text: str) -> tuple[tuple[int, int], dict[str, int], dict[str, i
     major, minor = (_number(rf"#define {_PREFIX}API_{part} (\d+)", text) for part in ("MAJOR", "MINOR"))
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
     text = re.sub(rf"_{_PREFIX}API_STRUCT_FIELD\((\w+)\)\s*;", r"\1* \1;", text)
+    text = text.replace(f"{_PREFIX}InternalExtension", f"{_PREFIX}Extension_Base")  # its name from 0.4 on
     constants: dict[str, int] = {}
     types: dict[str, Any] = dict(_PRIMITIVES)
     for enum in re.finditer(r"(?:typedef )?enum\s*\w*\s*\{([^}]*)\}\s*(\w*)\s*;", text):
