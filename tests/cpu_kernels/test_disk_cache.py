@@ -102,7 +102,11 @@ def times(factor):
 def test_kernels_that_two_processes_compiled_serve_a_third(tmp_path: Path) -> None:
     """Their numbers in Numba are the same, and so would be their symbols."""
     (tmp_path / "factory.py").write_text(FACTORY)
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
+    environment = {
+        **os.environ,
+        "NUMBA_CACHE_DIR": str(tmp_path / "cache"),
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]),
+    }
 
     def run(code: str) -> str:
         code = f"from factory import times; {code}"

@@ -69,8 +69,9 @@ def test_a_layer_of_a_stack_is_not_sliced_out(case: Any) -> None:
 
 
 @pytest.mark.parametrize("along_rows", [False, True])
-def test_the_weight_is_dense_in_tiles_only(along_rows: bool) -> None:
+def test_the_weight_is_dense_in_tiles_only(case: Any, along_rows: bool) -> None:
     """Of what runs on GPUs, and of many rows of x on the CPU: 64 MiB of weight, and far less memory."""
+    case()  # structs are no arrays of JAX's: the first tensor over those tells JAX of tensors
     rows, columns = 4096, 4096
     scheme = qc.Scheme(bits=4, group_size=64)
     leaves = (
