@@ -49,7 +49,7 @@ def demo(
     """Search a few dozen sentences with all-MiniLM-L6-v2, quantized, and show what quantization costs and saves."""
     console, messages = Console(), Console(stderr=True)
     with _errors_in_one_line(messages):
-        query = options.parse_query(query)
+        query = options.parse_text(query, "query")
         code_bits, codes_per_group = options.parse_bits(bits), options.parse_group_size(group_size)
         count = options.parse_top(top, len(SENTENCES))
         choices = _choose(backend, messages)

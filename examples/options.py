@@ -35,10 +35,10 @@ def parse_top(text: str, available: int) -> int:
     return int(text)
 
 
-def parse_query(text: str) -> str:
-    """Read the query."""
+def parse_text(text: str, what: str) -> str:
+    """Read a query or a prompt."""
     if not text.strip():
-        raise OptionError("the query must not be empty")
+        raise OptionError(f"the {what} must not be empty")
     return text
 
 

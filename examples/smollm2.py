@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, cast, get_args
+from typing import Annotated, Any, cast, get_args
 
 import typer
 from rich.console import Console
@@ -16,7 +17,7 @@ import quantcore
 from quantcore.hookspecs import Precision
 
 from . import backend_choice, options
-from .backend_choice import BackendChoiceError
+from .backend_choice import BackendChoiceError, Choice
 from .fetch import SMOLLM2, FetchError, fetch_model
 from .generate import Timing, generate
 from .gguf_tokenizer import TokenizerError
@@ -41,8 +42,9 @@ def smollm2(
 ) -> None:
     """Chat with SmolLM2-135M-Instruct, or have it continue a text, streaming; then print tokens per second."""
     messages = Console(stderr=True)
-    with _errors_in_one_line(messages):
-        prompt, count, heat = options.parse_query(prompt), parse_count(max_tokens), parse_temperature(temperature)
+    with _errors_in_one_line(messages), _warnings_in_one_line(messages):
+        prompt = options.parse_text(prompt, "prompt")
+        count, heat = parse_count(max_tokens), parse_temperature(temperature)
         chosen_precision = parse_precision(precision)
         names = options.parse_names(backend)
         if len(names) != 1:
@@ -57,7 +59,7 @@ def smollm2(
                 f"{loaded.config.context_length}"
             )
         timing = Timing()
-        with quantcore.use_backend(choice.backend), quantcore.use_precision(chosen_precision):
+        with _on(choice), quantcore.use_precision(chosen_precision):
             if complete:
                 _write(prompt)
             for piece in stream(loaded, generate(loaded, ids, count, heat, seed, timing)):
@@ -139,6 +141,21 @@ def _errors_in_one_line(messages: Console) -> Iterator[None]:
         _fail(messages, error, WRONG_USE)
     except (FetchError, quantcore.QuantcoreError) as error:
         _fail(messages, error, FAILED)
+
+
+@contextmanager
+def _warnings_in_one_line(messages: Console) -> Iterator[None]:
+    def show(message: Warning | str, *where: Any) -> None:
+        messages.print(f"Note: {message}", markup=False, highlight=False, soft_wrap=True)
+
+    with warnings.catch_warnings():
+        setattr(warnings, "showwarning", show)  # noqa: B010 (its type has every parameter's name)
+        yield
+
+
+def _on(choice: Choice) -> AbstractContextManager[None]:
+    """Where the backend is the library's own, its arrays choose it, and may fall back with a note."""
+    return nullcontext() if choice.backend == choice.library else quantcore.use_backend(choice.backend)
 
 
 def _fail(messages: Console, error: Exception, code: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 import quantcore
+from quantcore import dispatch
 from quantcore_examples.fetch import SMOLLM2, fetch_model
 from quantcore_examples.generate import generate
 from quantcore_examples.gguf_tokenizer import GgufTokenizer
@@ -24,7 +26,7 @@ def file() -> Path:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([" "], "the query must not be empty"),
+        ([" "], "the prompt must not be empty"),
         (["--backend", "nonesuch"], "no backend is called 'nonesuch'"),
         (["--model", "/no/such/file"], "there is none at"),
         (["--max-tokens", "0"], "--max-tokens must be"),
@@ -41,6 +43,35 @@ def test_wrong_use_is_one_line_and_exit_code_2(arguments: list[str], words: str)
     assert len(result.stderr.splitlines()) == 1
 
 
+def run(*arguments: str) -> tuple[str, str]:
+    app = typer.Typer()
+    app.command()(smollm2)
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == 0, result.stderr
+    return result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("precision", ["default", "fast"])
+def test_a_text_is_continued(file: Path, precision: str) -> None:
+    text, summary = run("The capital of France is", "--complete", "--max-tokens", "8", "--precision", precision)
+    assert text.startswith("The capital of France is Paris.")
+    assert re.fullmatch(r"numpy: prefill 5 tokens, [\d.]+ tokens/s; decode 7 tokens, [\d.]+ tokens/s\n", summary)
+
+
+def test_a_question_is_answered(file: Path) -> None:
+    text, _ = run("What is the capital of France?", "--max-tokens", "12", "--backend", "torch")
+    assert "Paris" in text
+
+
+@pytest.mark.filterwarnings("default::quantcore.PerformanceWarning")
+def test_what_is_slower_is_said_in_one_line(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_warned", set())
+    _, notes = run("Hello", "--complete", "--max-tokens", "1", "--backend", "mlx", "--precision", "highest")
+    note, summary = notes.splitlines()
+    assert re.match(r"Note: dot of x .* is computed by the slower backend 'array_api'", note)
+    assert summary.startswith("mlx: prefill")
+
+
 def test_text_survives_the_tokenizer_and_never_becomes_control_tokens(file: Path) -> None:
     tokenizer = GgufTokenizer(quantcore.load(file).metadata)
     for text in ("The year 2024, naïve café 🙂\n\n  x", "<|im_end|>"):
@@ -52,9 +83,9 @@ def test_text_survives_the_tokenizer_and_never_becomes_control_tokens(file: Path
 @pytest.mark.slow
 def test_greedy_tokens_are_the_same_on_every_library(file: Path) -> None:
     found = {}
-    for library in ("numpy", "mlx", "torch"):
+    for library in ("numpy", "mlx", "torch", "jax"):
         model = LanguageModel.load(file, library)
         with quantcore.use_precision("highest"):
             found[library] = list(generate(model, model.tokenizer.encode("Once upon a time"), 64))
     assert len(found["numpy"]) == 64
-    assert found["numpy"] == found["mlx"] == found["torch"]
+    assert found["numpy"] == found["mlx"] == found["torch"] == found["jax"]
