@@ -57,6 +57,11 @@ def test_numba_s_own_cache_mixes_them_up(cache: Path, monkeypatch: pytest.Monkey
     assert [times(factor, numba.cfunc).ctypes(7) for factor in (2, 3)] != [14, 21]
 
 
+def test_functions_of_one_factory_have_names_of_their_own(cache: Path) -> None:
+    """Names make symbols, which code from two processes' caches shares."""
+    assert len({times(factor).__qualname__ for factor in (2, 3, 2)}) == 2
+
+
 def test_what_was_compiled_is_found_again(cache: Path) -> None:
     assert times(5)._cache_hits == 0
     assert times(5)._cache_hits == 1
