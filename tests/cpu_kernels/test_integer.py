@@ -200,7 +200,10 @@ print(vectors.LANES)
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="names x86's features")
-@pytest.mark.parametrize("features", ["", "+sse4.2,+ssse3,+popcnt", "+avx2,+fma,+f16c,+avx"])
+@pytest.mark.parametrize(
+    "features",
+    ["", pytest.param("+sse4.2,+ssse3,+popcnt", marks=pytest.mark.slow), "+avx2,+fma,+f16c,+avx"],
+)
 def test_lesser_targets_keep_the_bounds(features: str, tmp_path: Any) -> None:
     environment = {
         **os.environ,
