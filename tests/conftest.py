@@ -139,3 +139,34 @@ def spoil() -> Iterator[pytest.MonkeyPatch]:
         qc.unregister(name)
     qc.refresh()
     assert {r.name for r in qc.backends() if r.state is qc.State.READY} >= {"array_api", "mlx", "numpy"}
+
+
+_SAMPLED = {
+    "TestArrayAPIOnMLX": 5,  # the same code runs in full on array_api_strict
+    "TestArrayAPIOnNumPy": 5,
+    "TestArrayAPIOnTorch": 5,
+    "TestJAX": 5,
+    "TestJAXJitted": 11,  # compiles for every shape
+    "TestTorchCompiled": 23,  # compiles each call
+    "TestTorchTiles": 5,
+}
+"""Classes of the kit, with which one in how many cases of each test isn't slow: no number of dtypes or of forms."""
+_RARE = {"TestJAXJitted": ("int1-", "int2-", "int5-", "int6-")}
+"""What only the slow cases of a class have."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark all but a fixed sample of the classes above slow, the first case of each test being in it."""
+    seen: dict[tuple[str, str], int] = {}
+    for item in items:
+        name = getattr(getattr(item, "cls", None), "__name__", "")
+        if name not in _SAMPLED:
+            continue
+        test = (name, getattr(item, "originalname", item.name))
+        rare = any(word in item.name for word in _RARE.get(name, ()))
+        place = seen.get(test, 0)
+        if not rare:
+            seen[test] = place + 1
+        if rare or place % _SAMPLED[name]:
+            item.add_marker(pytest.mark.slow)

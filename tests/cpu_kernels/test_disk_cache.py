@@ -89,23 +89,37 @@ def test_another_version_of_the_source_is_compiled_anew(cache: Path, monkeypatch
 
 
 FACTORY = """
+import numpy as np
 from numba import types
-from quantcore_backends.cpu_kernels.disk_cache import cfunc
+from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
 
-def times(factor):
+def sums(factor):
+    @njit()
+    def total(x):  # so long that it isn't inlined
+        return np.sort(np.full(x, factor)).sum() + np.median(np.full(x, 1.0)) - 1
+
+    return total
+
+_by_two, _by_three = sums(2), sums(3)
+
+def by_two():
     @cfunc(types.int64(types.int64), cache=True)
     def kernel(x):
-        total = 0
-        for i in range(x):
-            total += factor * i
-        return total
+        return int(_by_two(x))
+
+    return kernel
+
+def by_three():
+    @cfunc(types.int64(types.int64), cache=True)
+    def kernel(x):
+        return int(_by_three(x))
 
     return kernel
 """
 
 
 def test_kernels_that_two_processes_compiled_serve_a_third(tmp_path: Path) -> None:
-    """Their numbers in Numba are the same, and so would be their symbols."""
+    """The functions that they call have one number in Numba each, and would share a symbol."""
     (tmp_path / "factory.py").write_text(FACTORY)
     environment = {
         **os.environ,
@@ -114,13 +128,13 @@ def test_kernels_that_two_processes_compiled_serve_a_third(tmp_path: Path) -> No
     }
 
     def run(code: str) -> str:
-        code = f"from factory import times; {code}"
+        code = f"from factory import by_two, by_three; {code}"
         done = subprocess.run(
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=120
         )
         return done.stdout.strip()
 
-    assert run("print(times(2).ctypes(5))") == "20"
-    assert run("print(times(3).ctypes(5))") == "30"
-    both = "a, b = times(2), times(3); print(a._cache_hits, b._cache_hits, a.ctypes(5), b.ctypes(5))"
-    assert run(both) == "1 1 20 30"
+    assert run("print(by_two().ctypes(5))") == "10"
+    assert run("print(by_three().ctypes(5))") == "15"
+    both = "a, b = by_two(), by_three(); print(a._cache_hits, b._cache_hits, a.ctypes(5), b.ctypes(5))"
+    assert run(both) == "1 1 10 15"

@@ -45,23 +45,3 @@ def case() -> Any:
 def close() -> Any:
     """`check`."""
     return check
-
-
-_EVERY = {"TestJAX": 5, "TestJAXJitted": 11}
-"""Of the kit's cases, which one in how many isn't `slow`: no divisor of how many dtypes or forms there are."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark most of the kit `slow`: under jit it compiles for every shape. A fixed sample of every test is left."""
-    seen: dict[str, int] = {}
-    for item in items:
-        cls = getattr(item, "cls", None)
-        if cls is None or cls.__name__ not in _EVERY:
-            continue
-        function = f"{cls.__name__}.{item.originalname}"  # type: ignore[attr-defined]
-        rare = cls.__name__ == "TestJAXJitted" and any(f"int{bits}-" in item.name for bits in (1, 2, 5, 6))
-        place = seen.get(function, 0)
-        if not rare:
-            seen[function] = place + 1
-        if rare or place % _EVERY[cls.__name__]:
-            item.add_marker(pytest.mark.slow)
