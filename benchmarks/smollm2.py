@@ -6,7 +6,6 @@ llama-cpp-python is measured where it is installed, on the same file, tokens and
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import interleaved, print_table, repeated, save, settle, shown, spread
+from common import interleaved, machine, print_table, repeated, save, settle, shown, spread
 
 import quantcore
 from quantcore_examples.fetch import SMOLLM2, fetch_model
@@ -39,11 +38,13 @@ def prefill(model: LanguageModel, ids: list[int], precision: Any) -> Call:
 
 
 def decode(model: LanguageModel, ids: list[int], precision: Any) -> Call:
-    """Writes tokens after a prompt of 8, which isn't part of the figure worth speaking of."""
+    """Writes tokens after a prompt of 8, which was read before."""
+    with quantcore.use_precision(precision):
+        start = model.logits(ids[:8], ())
 
     def run() -> None:
+        logits, cache = start
         with quantcore.use_precision(precision):
-            logits, cache = model.logits(ids[:8], ())
             for _ in range(DECODE):
                 logits, cache = model.logits([int(np.argmax(logits[-1]))], cache)
 
@@ -57,7 +58,7 @@ def llama_cpp(file: Path, ids: list[int]) -> dict[str, Call]:
     except ImportError as error:
         print(f"left out: llama-cpp-python: {error}")
         return {}
-    threads = len(os.sched_getaffinity(0))
+    threads = machine()["cores"]
     model = Llama(str(file), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
 
     def read() -> None:
@@ -65,25 +66,24 @@ def llama_cpp(file: Path, ids: list[int]) -> dict[str, Call]:
         model.eval(ids)
 
     def write() -> None:
-        model.reset()
-        model.eval(ids[:8])
+        model.n_tokens = 8  # what is evaluated next replaces what came after these
         for _ in range(DECODE):
             model.eval([model.sample(temp=0.0)])
 
+    read()
     return {"prefill": read, "decode": write}
 
 
-def measured(file: Path, repeats: int) -> dict[str, dict[str, Any]]:
+def measured(file: Path, repeats: int, libraries: list[str]) -> dict[str, dict[str, Any]]:
     """Tokens per second of reading a prompt and of writing, for each way."""
-    packed = {library: LanguageModel.load(file, library) for library in ("numpy", "torch", "mlx")}
+    packed = {library: LanguageModel.load(file, library) for library in {"numpy", *libraries}}
     ids = packed["numpy"].tokenizer.encode(PROMPT * 20)[:PREFILL]
     ways: dict[str, tuple[LanguageModel, str]] = {
         "numpy": (packed["numpy"], "default"),
         "numpy, fast": (packed["numpy"], "fast"),
         "numpy, highest": (packed["numpy"], "highest"),
         "numpy, dense float32": (packed["numpy"].dequantize(), "default"),
-        "torch": (packed["torch"], "default"),
-        "mlx": (packed["mlx"], "default"),
+        **{library: (packed[library], "default") for library in libraries},
     }
     peer = llama_cpp(file, ids)
     found: dict[str, dict[str, Any]] = {name: {} for name in (*ways, *(["llama.cpp"] if peer else []))}
@@ -97,7 +97,7 @@ def measured(file: Path, repeats: int) -> dict[str, dict[str, Any]]:
 
 
 _MEMORY = """
-import resource, sys
+import sys
 import numpy as np
 import quantcore
 from pathlib import Path
@@ -114,10 +114,11 @@ for bits in (4, 8):  # what Numba and its kernels take isn't the model's
         quantcore.dot(np.ones((rows, 576), np.float32), weight)
 before = used("VmRSS")
 model = LanguageModel.load(Path(sys.argv[1]))
-list(generate(model, model.tokenizer.encode("Once upon a time"), 256))
+prompt = model.tokenizer.encode("Once upon a time")
+positions = len(prompt) + len(list(generate(model, prompt, 256)))
 packed = sum(w.nbytes for w in model.weights.values())
 c = model.config
-cache = 2 * c.layers * c.kv_heads * (c.width // c.heads) * 260 * 4
+cache = 2 * c.layers * c.kv_heads * (c.width // c.heads) * positions * 4
 print(used("VmHWM") - before, packed, cache)
 """
 
@@ -144,11 +145,12 @@ def perplexities(file: Path, text: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--libraries", nargs="*", default=["torch"], help="beside numpy; mlx takes minutes on a CPU")
     parser.add_argument("--text", type=Path, help="an English text for the perplexity, such as lee_background.cor")
     options = parser.parse_args()
     file = fetch_model(source=SMOLLM2) / SMOLLM2.files[0].name
 
-    results: dict[str, Any] = {"tokens_per_second": measured(file, options.repeats)}
+    results: dict[str, Any] = {"tokens_per_second": measured(file, options.repeats, options.libraries)}
     rows = [[name, shown(way["prefill"]), shown(way["decode"])] for name, way in results["tokens_per_second"].items()]
     print_table(f"tokens per second, prompt of {PREFILL}, {DECODE} written", ["", "prefill", "decode"], rows)
     if sys.platform == "linux":

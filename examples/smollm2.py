@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args
+from typing import Annotated, TextIO, cast, get_args
 
 import typer
 from rich.console import Console
@@ -145,11 +145,18 @@ def _errors_in_one_line(messages: Console) -> Iterator[None]:
 
 @contextmanager
 def _warnings_in_one_line(messages: Console) -> Iterator[None]:
-    def show(message: Warning | str, *where: Any) -> None:
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         messages.print(f"Note: {message}", markup=False, highlight=False, soft_wrap=True)
 
     with warnings.catch_warnings():
-        setattr(warnings, "showwarning", show)  # noqa: B010 (its type has every parameter's name)
+        warnings.showwarning = show
         yield
 
 
