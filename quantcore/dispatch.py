@@ -325,6 +325,8 @@ def weigh(backend: LoadedBackend, request: Request) -> str:
     """Why a backend doesn't compute a request; empty where it does."""
     if not backend.has(request.op):
         return f"has no {request.op}"
+    if request.call.scheme.mode not in backend.info.modes:
+        return f"computes {', '.join(backend.info.modes)} weights only, not {request.call.scheme.mode}"
     try:
         registry.activate(backend)
         call = request.call if backend.info.shape_dependent else replace(request.call, x_shape=None, w_shape=None)

@@ -15,6 +15,8 @@ from quantcore.tensor import QuantizedTensor
 __all__ = ["quantize", "quantized_tensor"]
 
 _NONFINITE: Final = ("raise", "clip")
+_NVFP4_LARGEST: Final = 2784.0
+"""Six times what still rounds to 448, the largest scale in e4m3."""
 
 
 def quantize(
@@ -37,12 +39,12 @@ def quantize(
     w : array, shape (..., N, K), real floating
         float64 is encoded from its float32 value, and the result's dtype is float32.
     scheme : Scheme or str, optional
-        ``"affine-int4-g64"``, say. Give either this or `bits`, `group_size` and `mode`.
+        ``"affine-int4-g64"``, say, or ``"mxfp4"``. Give either this or `bits`, `group_size` and `mode`.
     bits : {1, 2, 3, 4, 5, 6, 8}, optional
-        Default 4.
+        Default 4; the microscaled modes fix it.
     group_size : {16, 32, 64, 128, 256, "row"}, optional
-        Default 64; ``"row"`` is one group per row.
-    mode : {"affine"}, optional
+        Default 64; ``"row"`` is one group per row. The microscaled modes fix it.
+    mode : {"affine", "mxfp4", "mxfp8", "nvfp4"}, optional
     axis : {-1, -2}
         The axis along which groups lie. For −2 the result is the `.mT` of a tensor packed along its last axis.
     pad : bool
@@ -60,13 +62,18 @@ def quantize(
     Raises
     ------
     TypeError, ValueError
-        If w or an option is unfit, or if w, or a scale or bias once rounded to w's dtype, isn't finite.
+        If w or an option is unfit, or if w, or a scale or bias once rounded to w's dtype, isn't finite; in nvfp4, whose
+        scales reach 448, if a weight is larger than 2784.
 
     Notes
     -----
     The affine encoder is the one of MLX's CPU kernel: per group, the edge of larger magnitude is represented
     exactly up to rounding, zero is a code where it can be, and everything is computed in float32. Inside a trace
     (mx.compile, jax.jit) values can't be looked at: non-finite ones then aren't reported.
+
+    The microscaled encoders divide a group by its scale: the least power of two that isn't below its largest magnitude
+    / 6 (mxfp8: / 448), as in MLX 0.32.4; in nvfp4 the nearest e4m3. Quotients become the nearest element, halves to
+    even, the largest for what lies beyond. A group of zeros has the scale 1, or 0 in nvfp4.
     """
     chosen = _scheme(scheme, bits, group_size, mode)
     flip = _check_weight(w, axis)
@@ -83,11 +90,15 @@ def quantize(
     if nonfinite == "clip":
         dense = _clipped(dense, chosen, xp)
     route = dispatch.quantize_route(dense, chosen, backend)
-    if not (traced or nonfinite == "clip" or route.marks_nonfinite):
+    marked = route.marks_nonfinite and chosen.has_biases
+    if not (traced or nonfinite == "clip" or marked):
         _check_finite(dense, "the weight", chosen, xp, flip)
+    if chosen.mode == "nvfp4" and not traced:
+        _check_nvfp4_range(dense, xp, flip)
     packed, scales, biases = route.function(dense, chosen)
     if not traced:
-        arrays.evaluate(packed, scales, biases)
+        arrays.evaluate(*(leaf for leaf in (packed, scales, biases) if leaf is not None))
+    if chosen.has_biases and not traced:
         if not _are_finite(scales, xp):
             _check_finite(dense, "the weight", chosen, xp, flip)
         _check_finite(scales, "the scale", chosen, xp, flip)
@@ -111,11 +122,13 @@ def quantized_tensor(
     packed : array, shape scheme.packed_shape(shape), uint32
         Codes, each row one little-endian bitstream.
     scales, biases : array, shape scheme.scales_shape(shape), real floating
+        In the microscaled modes, `scales` is uint8 and `biases` None.
     shape : sequence of int
         Logical shape (..., N, K) of the weight.
     scheme : Scheme or str
     dtype : dtype or str, optional
-        The float dtype that it dequantizes to; by default the promotion of scales' and biases'.
+        The float dtype that it dequantizes to; by default the promotion of scales' and biases', and float32 in the
+        microscaled modes.
 
     Returns
     -------
@@ -133,9 +146,12 @@ def quantized_tensor(
         raise TypeError(f"quantized_tensor: shape must be a sequence of ints, not {shape!r}") from None
     if len(shape) < 2 or min(shape) < 0 or shape[-1] < 1:
         raise ValueError(f"quantized_tensor: shape must be (..., N, K) with K ≥ 1, not {shape}")
-    if biases is None:
-        raise TypeError(f"quantized_tensor: {chosen} needs biases, not None")
-    parts = {"packed": packed, "scales": scales, "biases": biases}
+    if (biases is not None) != chosen.has_biases:
+        fix = "needs biases, not None" if biases is None else "has no biases; pass None"
+        raise TypeError(f"quantized_tensor: {chosen} {fix}")
+    parts = {"packed": packed, "scales": scales}
+    if chosen.has_biases:
+        parts["biases"] = biases
     for name, part in parts.items():
         if not arrays.is_array(part):
             raise TypeError(f"quantized_tensor: {name} must be an array, not {type(part).__name__}")
@@ -150,9 +166,11 @@ def quantized_tensor(
             )
     if dtype_name(packed.dtype) != "uint32":
         raise TypeError(f"quantized_tensor: packed must be uint32, not {dtype_name(packed.dtype)}")
-    for name in ("scales", "biases"):
-        if dtype_name(parts[name].dtype) not in REAL_FLOATING:
-            raise TypeError(f"quantized_tensor: {name} must be real floating, not {dtype_name(parts[name].dtype)}")
+    for name, part in parts.items():
+        found = dtype_name(part.dtype)
+        if name != "packed" and not (found in REAL_FLOATING if chosen.has_biases else found == "uint8"):
+            kind = "real floating" if chosen.has_biases else f"uint8 in {chosen}"
+            raise TypeError(f"quantized_tensor: {name} must be {kind}, not {found}")
     if dtype is not None and dtype_name(dtype) not in LOGICAL_DTYPES:
         raise TypeError(f"quantized_tensor: dtype must be one of {', '.join(LOGICAL_DTYPES)}, not {dtype!r}")
     return QuantizedTensor(packed, scales, biases, chosen, shape[-1], dtype=dtype)
@@ -170,8 +188,8 @@ def _scheme(scheme: Any, bits: Any, group_size: Any, mode: Any) -> Scheme:
         raise ValueError(f"quantize: group_size must be an integer or 'row', not {group_size!r}")
     return Scheme(
         "affine" if mode is None else mode,
-        4 if bits is None else bits,
-        64 if group_size is None else None if group_size == "row" else group_size,
+        ... if bits is None else bits,
+        ... if group_size is None else None if group_size == "row" else group_size,
     )
 
 
@@ -209,17 +227,15 @@ def _check_together(parts: dict[str, Any]) -> None:
     for name, part in parts.items():
         if arrays.library_of(part) != library:
             raise TypeError(
-                f"quantized_tensor: packed is a {library} array and {name} of {arrays.library_of(part)}; all three "
+                f"quantized_tensor: packed is a {library} array and {name} of {arrays.library_of(part)}; all "
                 "must be of one library (quantcore.to_library moves an array)"
             )
         other = arrays.device_of(part)
         if other != device and None not in (other, device):  # None: traced
-            raise TypeError(
-                f"quantized_tensor: packed is on {device} and {name} on {other}; all three must be on one device"
-            )
+            raise TypeError(f"quantized_tensor: packed is on {device} and {name} on {other}; all must be on one device")
 
 
-# --- non-finite values ----------------------------------------------------------------------------------------
+# --- values that can't be encoded -----------------------------------------------------------------------------
 
 
 def _are_finite(values: Any, xp: Any) -> bool:
@@ -239,6 +255,22 @@ def _check_finite(values: Any, what: str, scheme: Scheme, xp: Any, flip: bool) -
         f"quantize: {what} of row {tuple(position[:-1])}, group {position[-1]} is {value} in "
         f"{dtype_name(values.dtype)} ({scheme}): the group spans more than that dtype can hold; cast the weight to "
         "float32 or scale it down"
+    )
+
+
+def _check_nvfp4_range(w: Any, xp: Any, flip: bool) -> None:
+    """Raise where a scale would be cut off at e4m3's largest by more than rounding does."""
+    if math.prod(w.shape) == 0:
+        return
+    magnitude = xp.astype(xp.abs(w), native_dtype("float32", w))
+    if float(xp.max(magnitude)) <= _NVFP4_LARGEST:
+        return
+    first = int(xp.argmax(xp.reshape(magnitude, (-1,))))
+    position = [int(i) for i in np.unravel_index(first, tuple(w.shape))]
+    place = position[:-2] + position[:-3:-1] if flip else position
+    raise ValueError(
+        f"quantize: the weight is {float(w[tuple(position)])} at {tuple(place)}; nvfp4 reaches {_NVFP4_LARGEST}: scale "
+        "the weight down, or use mxfp4, whose scales have float32's range"
     )
 
 

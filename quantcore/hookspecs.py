@@ -81,9 +81,12 @@ class BackendInfo:
         Keys of :data:`DEVIATIONS`, each optionally limited to a device: ``"dequantize-fma@gpu"``.
     shape_dependent : bool
         Whether `supports` needs the shapes; they are None in the call otherwise.
+    modes : tuple of str
+        Modes of the schemes that it computes: ``"affine"``, and of ``"mxfp4"``, ``"mxfp8"`` and ``"nvfp4"`` those that
+        it has. It isn't asked for others.
     marks_nonfinite : bool
         Whether `quantize` gives a scale that isn't finite for each group with a NaN or an infinity: then the core
-        needn't look through the weight for them before.
+        needn't look through an affine weight for them before.
     api_version : int
         The :data:`API_VERSION` that the backend was written for.
     """
@@ -98,6 +101,7 @@ class BackendInfo:
     deviations: tuple[str, ...] = ()
     shape_dependent: bool = False
     marks_nonfinite: bool = False
+    modes: tuple[str, ...] = ("affine",)
 
     def deviates(self, name: str, device: str | None) -> bool:
         """Whether the backend declares the deviation `name` on `device`."""
@@ -182,7 +186,7 @@ class Backend:
         """
 
     @hookspec
-    def quantize(self, w: Array, scheme: "Scheme") -> tuple[Array, Array, Array]:  # type: ignore[empty-body]
+    def quantize(self, w: Array, scheme: "Scheme") -> tuple[Array, Array, Array | None]:  # type: ignore[empty-body]
         """Quantize along the last axis, by the encoder that plugins.md writes out.
 
         Parameters
@@ -197,12 +201,15 @@ class Backend:
         packed : array, shape scheme.packed_shape(w.shape), uint32
             Each row one little-endian bitstream, spare bits zero.
         scales, biases : array, shape scheme.scales_shape(w.shape), w's dtype
-            Infinite ones, where w's dtype can't hold them, are reported by the core.
+            Infinite ones, where w's dtype can't hold them, are reported by the core. In the microscaled modes, scales
+            are uint8 and biases None.
         """
 
     @hookspec
     def dequantize(self, qw: "QuantizedTensor", dtype: str) -> Array:
         """Dense weight: ``float32(code) * float32(scale) + float32(bias)``, rounded once to `dtype`.
+
+        In the microscaled modes ``float32(element) * float32(scale)``, rounded once.
 
         Parameters
         ----------

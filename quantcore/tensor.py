@@ -59,8 +59,9 @@ class QuantizedTensor:
       code i takes the bits from ``i * bits``; spare bits at the row's end are zero. This is the layout ``"row"``;
       a backend's own layout keeps the leading axes.
     - `scales` and `biases` are real floating, of shape ``(..., N, ceil(K / group_size))``; element k of a row
-      stands for ``scales[k // group_size] * code[k] + biases[k // group_size]``.
-    - The three are arrays of one library on one device. They are never written to.
+      stands for ``scales[k // group_size] * code[k] + biases[k // group_size]``. In the microscaled modes, `scales`
+      is uint8, `biases` None, and codes and scales are the bits of small floats: see :class:`~quantcore.Scheme`.
+    - They are arrays of one library on one device. They are never written to.
     - `shape` follows from ``packed.shape``, so that it stays true when a transformation maps over the arrays.
     - Where `transposed`, the tensor stands for ``(..., K, N)`` with the groups along axis −2.
 
@@ -71,12 +72,14 @@ class QuantizedTensor:
 
     Parameters
     ----------
-    packed, scales, biases : array
+    packed, scales : array
+    biases : array or None
     scheme : Scheme
     in_features : int
         Logical length of the grouped axis.
     dtype : str or dtype, optional
-        The float dtype that the tensor dequantizes to; by default the promotion of scales' and biases'.
+        The float dtype that the tensor dequantizes to; by default the promotion of scales' and biases', and float32
+        without biases.
     layout : str
         How the bits lie.
     transposed : bool
@@ -175,7 +178,7 @@ class QuantizedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Size of packed codes, scales and biases together, in bytes."""
+        """Size of the arrays together, in bytes."""
         return sum(arrays.nbytes_of(leaf) for leaf in self._leaves())
 
     @property

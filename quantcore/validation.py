@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from quantcore.errors import PluginValidationError
 from quantcore.hookspecs import API_VERSION, DEVIATIONS, OPTIONAL_HOOKS, REQUIRED_HOOKS, Backend, BackendInfo
+from quantcore.scheme import MODES
 
 __all__ = ["LoadedBackend", "validate"]
 
@@ -127,7 +128,7 @@ def _check_info(shown: str, info: object) -> None:
     for field, wanted in (("name", str), ("library", str), ("install_hint", str), ("priority", int)):
         if not isinstance(getattr(info, field), wanted):
             raise PluginValidationError(f"{field} in the BackendInfo of {shown} must be of type {wanted.__name__}")
-    for field in ("array_types", "requires", "deviations"):
+    for field in ("array_types", "requires", "deviations", "modes"):
         value = getattr(info, field)
         if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
             raise PluginValidationError(f"{field} in the BackendInfo of {shown} must be a tuple of strings")
@@ -139,6 +140,10 @@ def _check_info(shown: str, info: object) -> None:
         )
     if not all(item.count(":") == 1 for item in info.array_types):
         raise PluginValidationError(f"array_types of backend {info.name!r} must look like 'module:qualname'")
+    if not info.modes or not set(info.modes) <= set(MODES):
+        raise PluginValidationError(
+            f"backend {info.name!r} declares the modes {', '.join(info.modes) or 'none'}; known: {', '.join(MODES)}"
+        )
     unknown = [d for d in info.deviations if d.partition("@")[0] not in DEVIATIONS]
     if unknown:
         raise PluginValidationError(

@@ -4,7 +4,8 @@ import math
 from typing import Any
 
 from quantcore import BackendInfo, Call, QuantizedTensor, Scheme, hookimpl
-from quantcore_backends.array_api_backend import affine, indexing, matmul, products
+from quantcore.scheme import MODES
+from quantcore_backends.array_api_backend import indexing, matmul, products, weights
 
 __all__ = ["ArrayAPIBackend", "backend"]
 
@@ -18,7 +19,12 @@ class ArrayAPIBackend:
     def backend_info(self) -> BackendInfo:
         """Describe the backend."""
         return BackendInfo(
-            api_version=1, name="array_api", library="*", priority=-1000, deviations=("nonfinite-as-nan@gpu",)
+            api_version=1,
+            name="array_api",
+            library="*",
+            priority=-1000,
+            deviations=("nonfinite-as-nan@gpu",),
+            modes=MODES,
         )
 
     @hookimpl
@@ -34,14 +40,14 @@ class ArrayAPIBackend:
         return True
 
     @hookimpl
-    def quantize(self, w: Array, scheme: Scheme) -> tuple[Array, Array, Array]:
+    def quantize(self, w: Array, scheme: Scheme) -> tuple[Array, Array, Array | None]:
         """Encode along the last axis."""
-        return affine.encode(w, scheme)
+        return weights.encode(w, scheme)
 
     @hookimpl
     def dequantize(self, qw: QuantizedTensor, dtype: str) -> Array:
         """Decode the whole weight."""
-        return affine.decode(qw.packed, qw.scales, qw.biases, qw.scheme, qw.in_features, dtype)
+        return weights.decode(qw.flatten()[0], qw.scheme, qw.in_features, dtype)
 
     @hookimpl
     def dot(self, x: Array, qw: QuantizedTensor, dtype: str, precision: str) -> Array:
@@ -52,8 +58,8 @@ class ArrayAPIBackend:
     def take(self, qw: QuantizedTensor, indices: Array, axis: int, dtype: str) -> Array:
         """Gather packed slices, then decode those."""
         places, inside = indexing.normalized(indices, qw.shape[axis])
-        packed, scales, biases = (indexing.take(leaf, places, axis) for leaf in (qw.packed, qw.scales, qw.biases))
-        rows = affine.decode(packed, scales, biases, qw.scheme, qw.in_features, dtype)
+        taken = tuple(indexing.take(leaf, places, axis) for leaf in qw.flatten()[0])
+        rows = weights.decode(taken, qw.scheme, qw.in_features, dtype)
         return indexing.nan_outside(rows, inside, axis)
 
     @hookimpl

@@ -9,8 +9,8 @@ from array_api_compat import array_namespace
 
 from quantcore import QuantizedTensor
 from quantcore.dtypes import dtype_name, native_dtype
-from quantcore_backends.array_api_backend.affine import decode_block, tiles
 from quantcore_backends.array_api_backend.matmul import matmul
+from quantcore_backends.array_api_backend.weights import decode_block, tiles
 
 __all__ = ["dot"]
 
@@ -94,11 +94,11 @@ def _along_groups(x: Array, plan: _Plan) -> list[Array]:
     height, width = plan.tiles()
     blocks = []
     for top in range(0, rows, height):
-        leaves = [leaf[..., top : min(top + height, rows), :] for leaf in (qw.packed, qw.scales, qw.biases)]
+        leaves = tuple(leaf[..., top : min(top + height, rows), :] for leaf in qw.flatten()[0])
         total = None
         for start in range(0, qw.in_features, width):
             stop = min(start + width, qw.in_features)
-            tile = xp.astype(decode_block(*leaves, qw.scheme, start, stop, plan.tile), x.dtype)
+            tile = xp.astype(decode_block(leaves, qw.scheme, start, stop, plan.tile), x.dtype)
             part = matmul(x[..., start:stop], xp.matrix_transpose(tile))
             total = part if total is None else total + part
         blocks.append(total)
@@ -116,8 +116,8 @@ def _along_rows(x: Array, plan: _Plan) -> list[Array]:
         total = None
         for top in range(0, rows, height):
             here = slice(top, min(top + height, rows))
-            leaves = [leaf[..., here, :] for leaf in (qw.packed, qw.scales, qw.biases)]
-            tile = xp.astype(decode_block(*leaves, qw.scheme, start, stop, plan.tile), x.dtype)
+            leaves = tuple(leaf[..., here, :] for leaf in qw.flatten()[0])
+            tile = xp.astype(decode_block(leaves, qw.scheme, start, stop, plan.tile), x.dtype)
             part = matmul(x[..., here], tile)
             total = part if total is None else total + part
         blocks.append(total)

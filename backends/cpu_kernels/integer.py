@@ -50,7 +50,7 @@ def _compiled() -> SimpleNamespace:
 
 def serves(scheme: Scheme) -> bool:
     """Whether there are kernels for a scheme: Numba is there, and a group holds whole words of 1-bit codes."""
-    return compiled.available() and (scheme.bits, scheme.group_size) != (1, 16)
+    return compiled.available() and scheme.has_biases and (scheme.bits, scheme.group_size) != (1, 16)
 
 
 @cache

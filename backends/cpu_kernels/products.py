@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from quantcore import QuantizedTensor
-from quantcore_backends.cpu_kernels import compiled, integer
-from quantcore_backends.cpu_kernels.affine import FLOAT32, TILE, column_step, decode_block
+from quantcore_backends.cpu_kernels import compiled, compiled_microscaled, integer
+from quantcore_backends.cpu_kernels.weights import FLOAT32, TILE, Leaves, column_step, decode_block
 
 __all__ = ["dot", "gather_dot"]
 
@@ -125,7 +125,7 @@ def gather_dot(
     left = checked_indices(lhs.reshape(-1), matrices)
     right = checked_indices(rhs.reshape(-1), weights)
     flat = x.reshape(matrices, rows, contracted)
-    leaves = tuple(leaf.reshape(weights, *leaf.shape[-2:]) for leaf in (qw.packed, qw.scales, qw.biases))
+    leaves = tuple(leaf.reshape(weights, *leaf.shape[-2:]) for leaf in qw.flatten()[0])
     result = np.empty((left.size, rows, out_features), dtype)
     for weight in np.unique(right):
         places = np.flatnonzero(right == weight)
@@ -144,12 +144,13 @@ def checked_indices(indices: Array, length: int) -> Array:
     return np.where(indices < 0, indices + length, indices)
 
 
-def _leaves(qw: QuantizedTensor, stacked: int) -> tuple[Array, ...]:
-    """packed, scales, biases with the leading axes made one, or none where there is one weight."""
+def _leaves(qw: QuantizedTensor, stacked: int) -> Leaves:
+    """The weight's arrays with the leading axes made one, or none where there is one weight."""
+    leaves = qw.flatten()[0]
     if qw.ndim == 2:
-        return qw.packed, qw.scales, qw.biases
+        return leaves
     shape = () if stacked == 1 else (stacked,)
-    return tuple(leaf.reshape(*shape, *leaf.shape[-2:]) for leaf in (qw.packed, qw.scales, qw.biases))
+    return tuple(leaf.reshape(*shape, *leaf.shape[-2:]) for leaf in leaves)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +173,7 @@ class _Plan:
         return cls(qw, dtype, np.dtype(np.float64 if wide else np.float32), _FLOAT64 if unrounded else FLOAT32, widths)
 
 
-def _matrix(x: Array, leaves: tuple[Array, ...], plan: _Plan) -> Array:
+def _matrix(x: Array, leaves: Leaves, plan: _Plan) -> Array:
     qw, dtype = plan.qw, plan.dtype
     product = _compiled_product(x, leaves, plan)
     if product is not None:
@@ -187,7 +188,7 @@ def _matrix(x: Array, leaves: tuple[Array, ...], plan: _Plan) -> Array:
     return result
 
 
-def _compiled_product(x: Array, leaves: tuple[Array, ...], plan: _Plan) -> Array | None:
+def _compiled_product(x: Array, leaves: Leaves, plan: _Plan) -> Array | None:
     """The product by a compiled kernel, where there is one, and its result is finite: it gives NaN for infinities."""
     qw = plan.qw
     if x.size == 0 or qw.transposed:
@@ -199,7 +200,8 @@ def _compiled_product(x: Array, leaves: tuple[Array, ...], plan: _Plan) -> Array
             if product is not None:
                 return product
     if _few(x):
-        product = compiled.few_rows(x, *leaves, qw.scheme)
+        few_rows = compiled.few_rows if qw.scheme.has_biases else compiled_microscaled.few_rows
+        product = few_rows(x, *leaves, qw.scheme)
         return product if np.isfinite(product).all() else None
     return None
 
@@ -207,7 +209,7 @@ def _compiled_product(x: Array, leaves: tuple[Array, ...], plan: _Plan) -> Array
 _weights: dict[int, tuple[weakref.ref[QuantizedTensor], integer.Weight]] = {}
 
 
-def _weight(qw: QuantizedTensor, leaves: tuple[Array, ...]) -> integer.Weight:
+def _weight(qw: QuantizedTensor, leaves: Leaves) -> integer.Weight:
     """The weight as the kernels take it, kept as long as the tensor where that has one matrix."""
     if leaves[0] is not qw.packed:
         return integer.Weight(*leaves, qw.scheme, qw.in_features)
@@ -224,31 +226,29 @@ def _few(x: Array) -> bool:
     return 0 < x.shape[0] <= compiled.FEW_ROWS and x.dtype == np.float32 and compiled.available()
 
 
-def _against_groups(x: Array, leaves: tuple[Array, ...], plan: _Plan, out: Array) -> None:
+def _against_groups(x: Array, leaves: Leaves, plan: _Plan, out: Array) -> None:
     """Out = x @ w.T, contracted along the grouped axis."""
-    packed, scales, biases = leaves
     scheme, in_features = plan.qw.scheme, plan.qw.in_features
     width = column_step(scheme, in_features)
-    for rows in _tiles(packed.shape[0], width):
+    for rows in _tiles(leaves[0].shape[0], width):
         total: Array | None = None
         for start in range(0, in_features, width):
             stop = min(start + width, in_features)
-            tile = decode_block(packed[rows], scales[rows], biases[rows], scheme, start, stop, plan.tile)
+            tile = decode_block(tuple(leaf[rows] for leaf in leaves), scheme, start, stop, plan.tile)
             part = x[:, start:stop] @ tile.T.astype(x.dtype, copy=False)
             total = part if total is None else np.add(total, part, out=total)
         out[:, rows] = total
 
 
-def _against_rows(x: Array, leaves: tuple[Array, ...], plan: _Plan, out: Array) -> None:
+def _against_rows(x: Array, leaves: Leaves, plan: _Plan, out: Array) -> None:
     """Out = x @ w, contracted along the rows of w."""
-    packed, scales, biases = leaves
     scheme, in_features = plan.qw.scheme, plan.qw.in_features
     width = min(column_step(scheme, in_features), _SIDE)
     for start in range(0, in_features, width):
         stop = min(start + width, in_features)
         total = np.zeros((x.shape[0], stop - start), x.dtype)
-        for rows in _tiles(packed.shape[0], width):
-            tile = decode_block(packed[rows], scales[rows], biases[rows], scheme, start, stop, plan.tile)
+        for rows in _tiles(leaves[0].shape[0], width):
+            tile = decode_block(tuple(leaf[rows] for leaf in leaves), scheme, start, stop, plan.tile)
             total += x[:, rows] @ tile.astype(x.dtype, copy=False)
         out[:, start:stop] = total
 

@@ -47,6 +47,7 @@ __all__ = [
     "store",
     "times",
     "total",
+    "whole_words",
     "zero",
 ]
 
@@ -158,7 +159,7 @@ def codes(typing: Any, address: Any, bits: Any) -> Any:
             raw = builder.zext(read(builder, args[0], ir.VectorType(BYTE, LANES)), DWORDS)
             return builder.sitofp(raw, FLOATS)
         if 32 % width == 0:
-            dwords, shifts = _whole_words(builder, args[0], width)
+            dwords, shifts = whole_words(builder, args[0], width)
         else:
             dwords, shifts = _bytes_in_place(builder, args[0], width)
         shifted = builder.lshr(dwords, constant(shifts))
@@ -167,7 +168,7 @@ def codes(typing: Any, address: Any, bits: Any) -> Any:
     return floats(types.intp, bits), generate
 
 
-def _whole_words(builder: Any, address: Any, bits: int) -> tuple[Any, list[int]]:
+def whole_words(builder: Any, address: Any, bits: int) -> tuple[Any, list[int]]:
     """The dword of each lane's code, and the shift to it, where no code crosses a dword."""
     shifts = [lane * bits % 32 for lane in range(LANES)]
     used = LANES * bits

@@ -143,7 +143,7 @@ def _decoded(qw: QuantizedTensor, leaves: tuple[Array, ...], dtype: str) -> Arra
     packed, scales, biases = leaves
     if eager.concrete(packed, scales, biases):
         views = (np.asarray(packed), np.asarray(scales), np.asarray(biases))
-        return eager.like(cpu_kernels.decode(*views, qw.scheme, qw.in_features, wanted), packed)
+        return eager.like(cpu_kernels.decode(views, qw.scheme, qw.in_features, wanted), packed)
     return codes.decode(packed, scales, biases, qw.scheme, qw.in_features).astype(wanted)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from quantcore import BackendInfo, Call, QuantizedTensor, Scheme, hookimpl
+from quantcore.scheme import MODES
 
 __all__ = ["MLXBackend", "backend"]
 
@@ -44,6 +45,7 @@ class MLXBackend:
                 "nonfinite-as-nan",
             ),
             shape_dependent=True,
+            modes=MODES,
         )
 
     @hookimpl
@@ -57,7 +59,7 @@ class MLXBackend:
             return "needs the shapes"
         in_features = call.w_shape[-2 if call.transposed else -1]
         group = call.scheme.group_size or in_features
-        if group not in GROUPS:
+        if call.scheme.has_biases and group not in GROUPS:
             return f"MLX's kernels take groups of {', '.join(map(str, GROUPS))}, not {group}"
         if in_features % group:
             return f"MLX's kernels take whole groups, not {in_features} features in groups of {group}"
@@ -65,26 +67,29 @@ class MLXBackend:
             return "MLX's kernels refuse float64"
         if call.scheme.bits == 1 and call.device == "gpu" and _on_cuda():
             return "MLX's CUDA kernels give NaN for 1 bit, or refuse it"
+        if op == "quantize" and not call.scheme.has_biases and call.device != "gpu":
+            return "MLX's encoder on a CPU rounds halves towards zero, and its scales of tiny groups wrap around"
         if op in ("dot", "gather_dot"):
             return _supports_product(call, call.w_shape[-1])
         return True
 
     @hookimpl
-    def quantize(self, w: Array, scheme: Scheme) -> tuple[Array, Array, Array]:
+    def quantize(self, w: Array, scheme: Scheme) -> tuple[Array, Array, Array | None]:
         """``mx.quantize``, evaluated outside a trace."""
         import mlx.core as mx
 
         in_features = w.shape[-1]
         if w.dtype == mx.float64:
             w = w.astype(mx.float32)
-        packed, scales, biases = mx.quantize(w, group_size=scheme.group_size or in_features, bits=scheme.bits)
-        _evaluate(mx, packed, scales, biases)
-        return packed, scales, biases
+        group = scheme.group_size or in_features
+        packed, scales, *biases = mx.quantize(w, group_size=group, bits=scheme.bits, mode=scheme.mode)
+        _evaluate(mx, packed, scales, *biases)
+        return packed, scales, biases[0] if biases else None
 
     @hookimpl
     def dequantize(self, qw: QuantizedTensor, dtype: str) -> Array:
         """``mx.dequantize`` in float32, rounded once: in half precision it would round twice."""
-        return _dense(qw, qw.packed, qw.scales, qw.biases, dtype)
+        return _dense(qw, qw.flatten()[0], dtype)
 
     @hookimpl
     def dot(self, x: Array, qw: QuantizedTensor, dtype: str, precision: str) -> Array:
@@ -104,8 +109,7 @@ class MLXBackend:
             scales,
             biases,
             transpose=not qw.transposed,
-            group_size=_group(qw),
-            bits=qw.scheme.bits,
+            **_scheme(qw),
         )
         return product.astype(wanted)
 
@@ -118,8 +122,7 @@ class MLXBackend:
         if qw.shape[axis] == 0:
             shape = (*qw.shape[:axis], *indices.shape, *qw.shape[axis + 1 :])
             return mx.full(shape, float("nan"), dtype=getattr(mx, dtype))
-        packed, scales, biases = (mx.take(leaf, places, axis=axis) for leaf in (qw.packed, qw.scales, qw.biases))
-        rows = _dense(qw, packed, scales, biases, dtype)
+        rows = _dense(qw, tuple(mx.take(leaf, places, axis=axis) for leaf in qw.flatten()[0]), dtype)
         return mx.where(_aligned(inside, axis, rows.ndim), rows, _nan(mx, rows))
 
     @hookimpl
@@ -147,8 +150,7 @@ class MLXBackend:
             lhs_indices=left,
             rhs_indices=right,
             transpose=not qw.transposed,
-            group_size=_group(qw),
-            bits=qw.scheme.bits,
+            **_scheme(qw),
         ).astype(wanted)
         inside = mx.logical_and(left_inside, right_inside)
         return mx.where(_aligned(inside, 0, product.ndim), product, _nan(mx, product))
@@ -191,37 +193,36 @@ def _supports_product(call: Call, contracted: int) -> bool | str:
     return True
 
 
-def _group(qw: QuantizedTensor) -> int:
-    return qw.scheme.group_size or qw.in_features
+def _scheme(qw: QuantizedTensor) -> dict[str, Any]:
+    scheme = qw.scheme
+    return {"group_size": scheme.group_size or qw.in_features, "bits": scheme.bits, "mode": scheme.mode}
 
 
-def _operands(mx: Any, x: Array, qw: QuantizedTensor, wanted: Any) -> tuple[Array, Array, Array]:
-    """x, scales and biases in one dtype, the widest of theirs and the result's.
+def _operands(mx: Any, x: Array, qw: QuantizedTensor, wanted: Any) -> tuple[Array, Array, Array | None]:
+    """x, scales and biases in one dtype, the widest of theirs and the result's; scales in bytes stay so.
 
     float32 on the CPU, whose half-precision kernels accumulate in half.
     """
     on_cpu = mx.default_device() == mx.cpu
-    dtype = (
-        mx.float32 if on_cpu or wanted == mx.float64 else mx.result_type(x, qw.scales, qw.biases, mx.zeros(0, wanted))
-    )
+    floats = (x, qw.scales, qw.biases) if qw.scheme.has_biases else (x,)
+    dtype = mx.float32 if on_cpu or wanted == mx.float64 else mx.result_type(*floats, mx.zeros(0, wanted))
+    if not qw.scheme.has_biases:
+        return x.astype(dtype), qw.scales, None
     return x.astype(dtype), qw.scales.astype(dtype), qw.biases.astype(dtype)
 
 
-def _dense(qw: QuantizedTensor, packed: Array, scales: Array, biases: Array, dtype: str) -> Array:
+def _dense(qw: QuantizedTensor, leaves: tuple[Array, ...], dtype: str) -> Array:
     import mlx.core as mx
 
+    packed, *rest = leaves
     shape = (*packed.shape[:-1], qw.in_features)
     if packed.size == 0:
         return mx.zeros(shape, dtype=getattr(mx, dtype))  # mx.dequantize can't reshape an empty array
     if packed.ndim == 1:
-        return _dense(qw, packed[None], scales[None], biases[None], dtype)[0]
-    dense = mx.dequantize(
-        packed,
-        scales.astype(mx.float32),
-        biases.astype(mx.float32),
-        group_size=_group(qw),
-        bits=qw.scheme.bits,
-    )
+        return _dense(qw, tuple(leaf[None] for leaf in leaves), dtype)[0]
+    if qw.scheme.has_biases:
+        rest = [leaf.astype(mx.float32) for leaf in rest]
+    dense = mx.dequantize(packed, rest[0], rest[1] if len(rest) > 1 else None, **_scheme(qw), dtype=mx.float32)
     return dense.astype(getattr(mx, dtype))
 
 

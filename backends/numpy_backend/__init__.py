@@ -6,6 +6,7 @@ import numpy as np
 
 from quantcore import BackendInfo, Call, QuantizedTensor, Scheme, hookimpl
 from quantcore.dtypes import numpy_dtype
+from quantcore.scheme import MODES
 from quantcore_backends import cpu_kernels
 
 __all__ = ["NumPyBackend", "backend"]
@@ -26,6 +27,7 @@ class NumPyBackend:
             array_types=("numpy:ndarray",),
             priority=0,
             marks_nonfinite=True,
+            modes=MODES,
         )
 
     @hookimpl
@@ -34,14 +36,14 @@ class NumPyBackend:
         return True if call.layout == "row" else f"knows the layout 'row' only, not {call.layout!r}"
 
     @hookimpl
-    def quantize(self, w: Array, scheme: Scheme) -> tuple[Array, Array, Array]:
+    def quantize(self, w: Array, scheme: Scheme) -> tuple[Array, Array, Array | None]:
         """Encode along the last axis."""
         return cpu_kernels.encode(w, scheme)
 
     @hookimpl
     def dequantize(self, qw: QuantizedTensor, dtype: str) -> Array:
         """Decode the whole weight."""
-        return _decode(qw, qw.packed, qw.scales, qw.biases, dtype)
+        return _decode(qw, qw.flatten()[0], dtype)
 
     @hookimpl
     def dot(self, x: Array, qw: QuantizedTensor, dtype: str, precision: str) -> Array:
@@ -51,8 +53,7 @@ class NumPyBackend:
     @hookimpl
     def take(self, qw: QuantizedTensor, indices: Array, axis: int, dtype: str) -> Array:
         """Gather packed slices, then decode those."""
-        packed, scales, biases = (np.take(leaf, indices, axis=axis) for leaf in (qw.packed, qw.scales, qw.biases))
-        return _decode(qw, packed, scales, biases, dtype)
+        return _decode(qw, tuple(np.take(leaf, indices, axis=axis) for leaf in qw.flatten()[0]), dtype)
 
     @hookimpl
     def gather_dot(
@@ -74,8 +75,8 @@ class NumPyBackend:
         return array
 
 
-def _decode(qw: QuantizedTensor, packed: Array, scales: Array, biases: Array, dtype: str) -> Array:
-    return cpu_kernels.decode(packed, scales, biases, qw.scheme, qw.in_features, numpy_dtype(dtype))
+def _decode(qw: QuantizedTensor, leaves: tuple[Array, ...], dtype: str) -> Array:
+    return cpu_kernels.decode(leaves, qw.scheme, qw.in_features, numpy_dtype(dtype))
 
 
 backend = NumPyBackend()

@@ -111,4 +111,4 @@ def _weight(
 
 
 def _decode(leaves: Any, scheme: str, in_features: int, dtype: str) -> Array:
-    return cpu_kernels.decode(*leaves, scheme_of(scheme), in_features, numpy_dtype(dtype))
+    return cpu_kernels.decode(leaves, scheme_of(scheme), in_features, numpy_dtype(dtype))

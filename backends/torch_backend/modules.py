@@ -18,10 +18,10 @@ Tensor = torch.Tensor
 class QuantizedWeight(nn.Module):
     """The arrays of a :class:`~quantcore.QuantizedTensor` as buffers; layers that share a weight share this module.
 
-    ``packed``, ``scales`` and ``biases`` are its state_dict. ``.to(device)`` moves them. ``.half()``, ``.bfloat16()``,
-    ``.float()`` and ``.to(dtype)`` change the logical dtype alone, as ``QuantizedTensor.astype`` does: the weight stays
-    what it was to the last bit, and the way back loses nothing. A state_dict with scales of another dtype than the
-    module's is loaded in the state_dict's.
+    ``packed``, ``scales`` and, where there are any, ``biases`` are its state_dict. ``.to(device)`` moves them.
+    ``.half()``, ``.bfloat16()``, ``.float()`` and ``.to(dtype)`` change the logical dtype alone, as
+    ``QuantizedTensor.astype`` does: the weight stays what it was to the last bit, and the way back loses nothing. A
+    state_dict with scales of another dtype than the module's is loaded in the state_dict's.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ class QuantizedWeight(nn.Module):
 
     packed: Tensor
     scales: Tensor
-    biases: Tensor
+    biases: Tensor | None
 
     def __init__(self, tensor: QuantizedTensor) -> None:
         super().__init__()
@@ -42,7 +42,8 @@ class QuantizedWeight(nn.Module):
         tensor = tensor.canonical()
         self.scheme, self.in_features, self.logical_dtype = tensor.scheme, tensor.in_features, tensor.dtype_name
         for name in ("packed", "scales", "biases"):
-            self.register_buffer(name, getattr(tensor, name).detach())
+            leaf = getattr(tensor, name)
+            self.register_buffer(name, None if leaf is None else leaf.detach())
 
     def forward(self) -> QuantizedTensor:
         """The tensor."""
@@ -51,7 +52,7 @@ class QuantizedWeight(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        stored = {"scales": self.scales, "biases": self.biases}
+        stored = self._floats()
         like = torch.empty(0, dtype=getattr(torch, self.logical_dtype), device=self.scales.device)
         wanted = dtype_name(fn(like).dtype)
         super()._apply(fn, recurse)
@@ -64,11 +65,16 @@ class QuantizedWeight(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("scales", "biases"):
-            given, own = state_dict.get(prefix + name), getattr(self, name)
+        for name, own in self._floats().items():
+            given = state_dict.get(prefix + name)
             if isinstance(given, Tensor) and given.is_floating_point() and given.dtype != own.dtype:
                 self._buffers[name] = own.to(given.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _floats(self) -> dict[str, Tensor]:
+        """Scales and biases, as far as they are floats."""
+        found = {"scales": self.scales, "biases": self.biases}
+        return {name: leaf for name, leaf in found.items() if leaf is not None and leaf.is_floating_point()}
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

@@ -57,7 +57,7 @@ def _teach_reversed_matmul() -> None:
 
 def _flatten(qw: QuantizedTensor) -> tuple[list[Any], _Static]:
     note = qw.annotation
-    leaves = [qw.packed, qw.scales, qw.biases]
+    leaves = list(qw.flatten()[0])
     in_features = operator.index(qw.in_features)  # Dynamo would make an int that varies between calls symbolic
     return leaves, (str(note.scheme), in_features, note.dtype, note.layout, note.transposed)
 
@@ -65,14 +65,15 @@ def _flatten(qw: QuantizedTensor) -> tuple[list[Any], _Static]:
 def _flatten_with_keys(qw: QuantizedTensor) -> tuple[list[Any], _Static]:
     leaves, static = _flatten(qw)
     keys = (pytree.GetAttrKey(name) for name in ("packed", "scales", "biases"))
-    return list(zip(keys, leaves, strict=True)), static
+    return list(zip(keys, leaves, strict=False)), static  # biases may be missing
 
 
 def _unflatten(leaves: Any, static: _Static) -> QuantizedTensor:
     scheme, in_features, dtype, layout, transposed = static
-    packed, scales, biases = leaves
+    packed, scales, *biases = leaves
+    bias = biases[0] if biases else None
     return QuantizedTensor(
-        packed, scales, biases, Scheme.parse(scheme), in_features, dtype=dtype, layout=layout, transposed=transposed
+        packed, scales, bias, Scheme.parse(scheme), in_features, dtype=dtype, layout=layout, transposed=transposed
     )
 
 

@@ -1,7 +1,8 @@
-"""GGUF's tensor types: blocks of codes and scales, and the affine codes, scales and biases that equal them.
+"""GGUF's tensor types: blocks of codes and scales, and the codes, scales and biases that equal them.
 
 The blocks are laid out as in ggml-common.h; the order of the codes in each is that of gguf-py's dequantizers
-(gguf/quants.py), to which the tests hold these readers. All are affine in float32 exactly: the scale of a K-quant's
+(gguf/quants.py), to which the tests hold these readers. MXFP4 and NVFP4 are the modes of these names, codes and scales
+as they are; all others are affine in float32 exactly: the scale of a K-quant's
 group is the product of a float16 and an integer of at most 8 bits, and what gguf-py computes of them is a product and a
 sum that float32 either holds or rounds once, here as there. (Only the sign of a zero may differ: of `(q - 8) * d` with
 a negative d, which is -0.0 there.)
@@ -20,6 +21,7 @@ from quantcore.errors import UnsupportedError
 from quantcore.formats.affine import all_finite
 from quantcore.formats.checkpoint import Entry, dense
 from quantcore.formats.files import Array, MappedFile, Stored, malformed
+from quantcore.formats.microscaled import is_nan
 from quantcore.scheme import Scheme
 from quantcore.tensor import QuantizedTensor
 
@@ -30,8 +32,8 @@ _TILE: Final = 1 << 19  # what a core's own cache holds
 
 _F16: Final = np.dtype("<f2")
 
-Parts = tuple[Array, Array, Array]
-"""Of n blocks: codes (n, block) as uint8, or packed words (n, words) as uint32; scales and biases, (n, groups)."""
+Parts = tuple[Array, ...]
+"""Of n blocks: codes (n, block) as uint8 or packed words (n, words) as uint32; scales, biases if any: (n, groups)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class BlockType:
     dtype : numpy.dtype or None
         Of a dense type.
     scheme : Scheme or None
-        Of a type that is affine.
+        Of a type that is read.
     split : callable or None
         From blocks, uint8 of shape (n, nbytes), to `Parts`.
     """
@@ -69,7 +71,7 @@ def entry(file: MappedFile, name: str, shape: tuple[int, ...], kind: BlockType, 
     def read() -> Any:
         if kind.scheme is None:
             raise UnsupportedError(
-                f"{file.path}, tensor {name!r}, byte {offset}: {kind.name} isn't read; it is no affine quantization. "
+                f"{file.path}, tensor {name!r}, byte {offset}: {kind.name} isn't read: no scheme here is like it. "
                 "The other tensors can be read; to use this one, requantize the file, to Q4_K say"
             )
         if len(shape) > 1:
@@ -91,27 +93,36 @@ def _read(file: MappedFile, name: str, shape: tuple[int, ...], kind: BlockType, 
     rows = math.prod(shape[:-1])
     blocks = file.array(np.dtype(np.uint8), (rows, per_row, kind.nbytes), offset, name)
     packed = np.empty((rows, scheme.words(in_features)), np.uint32)
-    scales: Array = np.empty(0)
-    biases: Array = scales
+    of_groups: list[Array] = []
     step = max(1, _TILE // in_features)
     for start in range(0, rows, step):
         part = blocks[start : start + step]
-        codes, scale, bias = split(part.reshape(-1, kind.nbytes))
+        codes, *found = split(part.reshape(-1, kind.nbytes))
         if start == 0:
-            scales = np.empty((rows, scheme.groups(in_features)), scale.dtype)
-            biases = np.empty((rows, scheme.groups(in_features)), bias.dtype)
+            of_groups = [np.empty((rows, scheme.groups(in_features)), leaf.dtype) for leaf in found]
         rowwise = codes.reshape(len(part), -1)
         packed[start : start + step] = rowwise if codes.dtype == np.uint32 else pack(rowwise, scheme.bits)
-        for whole, some in ((scales, scale), (biases, bias)):
+        for whole, some in zip(of_groups, found, strict=True):
             whole[start : start + step] = some.reshape(len(part), -1)
-        if not (all_finite(scale) and all_finite(bias)):
-            bad = ~(np.isfinite(scale) & np.isfinite(bias)).all(axis=-1)
-            at = offset + (start * per_row + int(bad.argmax())) * kind.nbytes
+        block = _first_bad(found, scheme)
+        if block is not None:
+            at = offset + (start * per_row + block) * kind.nbytes
             malformed(file.path, "a scale isn't finite", tensor=name, offset=at)
     if scheme.bits in (4, 5, 8) and kind.name.endswith("_0"):
-        biases = _narrow(biases)
-    packed, scales, biases = (leaf.reshape(*shape[:-1], -1) for leaf in (packed, scales, biases))
-    return QuantizedTensor(packed, scales, biases, scheme, in_features, dtype="float32")
+        of_groups[1] = _narrow(of_groups[1])
+    packed, scales, *biases = (leaf.reshape(*shape[:-1], -1) for leaf in (packed, *of_groups))
+    return QuantizedTensor(packed, scales, biases[0] if biases else None, scheme, in_features, dtype="float32")
+
+
+def _first_bad(found: list[Array], scheme: Scheme) -> int | None:
+    """The first block with a scale or bias that is NaN or infinite."""
+    if not scheme.has_biases:
+        bad = is_nan(found[0], scheme.mode)
+    elif all(map(all_finite, found)):
+        return None
+    else:
+        bad = ~np.logical_and(*map(np.isfinite, found))
+    return int(bad.any(axis=-1).argmax()) if bad.any() else None
 
 
 def _narrow(biases: Array) -> Array:
@@ -218,6 +229,16 @@ def _q8_0(blocks: Array) -> Parts:
     return signed.view("<u4").reshape(-1, 8).astype(np.uint32, copy=False), d, d.astype(np.float32) * np.float32(-128)
 
 
+def _mxfp4(blocks: Array) -> Parts:
+    return _nibble_words(blocks[:, 1:], 16), blocks[:, :1]
+
+
+def _nvfp4(blocks: Array) -> Parts:
+    scales = blocks[:, :4]
+    scales = np.where(scales == 0x7F, np.uint8(0), scales)  # ggml takes NaN for 0
+    return _nibble_words(blocks[:, 4:], 8), np.where(scales > 0x7F, np.uint8(0xFF), scales)  # and knows no sign
+
+
 # --- blocks of 256 --------------------------------------------------------------------------------------------
 
 
@@ -310,8 +331,8 @@ TYPES: Final[dict[int, BlockType]] = {
     30: _dense("BF16", ml_dtypes.bfloat16),
     34: BlockType("TQ1_0", 256, 54),
     35: _affine("TQ2_0", 2, 256, 256, 66, _tq2_0),
-    39: BlockType("MXFP4", 32, 17),
-    40: BlockType("NVFP4", 64, 36),
+    39: BlockType("MXFP4", 32, 17, scheme=Scheme("mxfp4"), split=_mxfp4),
+    40: BlockType("NVFP4", 64, 36, scheme=Scheme("nvfp4"), split=_nvfp4),
     41: BlockType("Q1_0", 128, 18),
 }
 """The types by ggml's number; sizes as in ggml.c. Those without dtype and scheme are known and not read."""

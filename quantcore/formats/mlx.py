@@ -12,13 +12,12 @@ from quantcore.errors import UnsupportedError
 from quantcore.formats.affine import FLOATS, check_finite, scheme_of
 from quantcore.formats.checkpoint import Entry
 from quantcore.formats.config import Settings
-from quantcore.formats.files import Stored
+from quantcore.formats.files import Stored, malformed
+from quantcore.formats.microscaled import is_nan
+from quantcore.scheme import DEFAULTS, Scheme
 from quantcore.tensor import QuantizedTensor
 
-__all__ = ["DEFAULTS", "entries", "override_names"]
-
-DEFAULTS: Final = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}
-"""Group size and bits of each mode, where the config leaves them out."""
+__all__ = ["entries", "override_names"]
 
 _PARAMETERS: Final = ("group_size", "bits", "mode")
 
@@ -108,7 +107,7 @@ def _entry(tensors: Mapping[str, Stored], module: str, settings: Settings) -> En
     mode = settings.text("mode", default="affine")
     if mode not in DEFAULTS:
         settings.malformed(f"unknown mode {mode[:40]!r}; there are {', '.join(DEFAULTS)}")
-    default_group, default_bits = DEFAULTS[mode]
+    default_bits, default_group = DEFAULTS[mode]
     bits = settings.integer("bits", default=default_bits)
     group = settings.integer("group_size", default=default_group)
     if not 1 <= bits <= 8 or group < 1:
@@ -123,7 +122,11 @@ def _entry(tensors: Mapping[str, Stored], module: str, settings: Settings) -> En
     shape = (*packed.shape[:-1], in_features)
     nbytes = packed.nbytes + scales.nbytes + (biases.nbytes if biases else 0)
     if mode != "affine":
-        return Entry(shape, "bfloat16", mode, nbytes, None, lambda: _refuse(packed, mode))
+        if (bits, group) != DEFAULTS[mode]:
+            settings.malformed(f"{mode} has {default_bits} bits in groups of {default_group}")
+        if biases is not None:
+            biases.malformed(f"{mode} has no biases")
+        return Entry(shape, "bfloat16", mode, nbytes, Scheme(mode), _microscaled(tensors, module, mode, in_features))
     if biases is None:
         scales.malformed(f"there is no {module}.biases beside it")
     for part in (scales, biases):
@@ -141,5 +144,22 @@ def _entry(tensors: Mapping[str, Stored], module: str, settings: Settings) -> En
     return Entry(shape, dtype, "MLX", nbytes, scheme, read)
 
 
-def _refuse(packed: Stored, mode: str) -> Any:
-    raise UnsupportedError(f"{packed.place}: the mode {mode} isn't read yet; read is affine")
+def _microscaled(
+    tensors: Mapping[str, Stored], module: str, mode: str, in_features: int
+) -> Callable[[], QuantizedTensor]:
+    packed, scales = tensors[f"{module}.weight"], tensors[f"{module}.scales"]
+    if scales.dtype_name != "uint8":
+        scales.malformed(f"dtype {scales.dtype_name}; expected uint8 in {mode}")
+
+    def read() -> QuantizedTensor:
+        if f"{module}.global_scale" in tensors:
+            raise UnsupportedError(f"{packed.place}: {mode} with a {module}.global_scale beside it isn't read")
+        codes = scales.array()
+        bad = is_nan(codes, mode)
+        if bad.any():
+            at = scales.offset + int(bad.reshape(-1).argmax())
+            malformed(scales.file.path, "a scale is NaN", tensor=scales.name, offset=at)
+        # What mx.dequantize gives unless asked.
+        return QuantizedTensor(packed.array(), codes, None, Scheme(mode), in_features, dtype="bfloat16")
+
+    return read

@@ -46,7 +46,7 @@ def save(
     ----------
     state : mapping of str to array or QuantizedTensor
         Of any array library; a :class:`Checkpoint` is read one tensor at a time. A quantized weight must be named
-        ``X.weight``; it is written as ``X.weight``, ``X.scales`` and ``X.biases``.
+        ``X.weight``; it is written as ``X.weight``, ``X.scales`` and, where it has them, ``X.biases``.
     path : path
         The folder to make. It appears complete or not at all.
     config : mapping, optional
@@ -205,9 +205,12 @@ def _leaves(name: str, tensor: Any, schemes: dict[str, Scheme]) -> dict[str, Arr
         raise ValueError(f"save: MLX names a quantized weight X.weight, not {name!r}; rename it")
     if tensor.transposed:
         raise ValueError(f"save: {name!r} is transposed ({tensor.scheme}); MLX groups the last axis: save its .mT")
-    packed, scales, biases = (to_library(leaf, "numpy") for leaf in tensor.canonical().flatten()[0])
+    packed, scales, *rest = (to_library(leaf, "numpy") for leaf in tensor.canonical().flatten()[0])
     scheme, repeats = _mlx_scheme(name, tensor)
     schemes[module] = scheme
+    if not rest:
+        return {name: packed, f"{module}.scales": scales}
+    biases = rest[0]
     # MLX computes in the scales' dtype.
     kind = scales.dtype if scales.dtype == biases.dtype and scales.dtype.name == tensor.dtype_name else np.float32
     spread = (part.astype(kind, copy=False) for part in (scales, biases))
@@ -218,14 +221,14 @@ def _leaves(name: str, tensor: Any, schemes: dict[str, Scheme]) -> dict[str, Arr
 def _mlx_scheme(name: str, tensor: QuantizedTensor) -> tuple[Scheme, int]:
     """The scheme that MLX can hold the tensor in, and into how many groups each of its own is split for that."""
     own = tensor.scheme.group_size or tensor.in_features
-    group = next((size for size in MLX_GROUPS if own % size == 0), None)
+    group = next((size for size in MLX_GROUPS if own % size == 0), None) if tensor.scheme.has_biases else own
     if group is None or tensor.in_features % own:
         why = f"groups of {own}" if group is None else f"rows of {tensor.in_features}, which aren't whole groups"
         raise InexactConversionError(
             f"save: {name!r} has {why} ({tensor.scheme}); MLX takes rows of whole groups of 32, 64 or 128. Quantized "
             "anew to such a scheme its values would change, as those of any weight that is quantized"
         )
-    return Scheme(bits=tensor.scheme.bits, group_size=group), own // group
+    return Scheme(tensor.scheme.mode, tensor.scheme.bits, group), own // group
 
 
 # --- the config -----------------------------------------------------------------------------------------------

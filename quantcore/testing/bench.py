@@ -67,7 +67,7 @@ class Bench:
         """The weight in the library's arrays."""
         return self.annotated(weight, *map(self.array, weight.leaves))
 
-    def annotated(self, weight: Weight, packed: Any, scales: Any, biases: Any) -> qc.QuantizedTensor:
+    def annotated(self, weight: Weight, packed: Any, scales: Any, biases: Any = None) -> qc.QuantizedTensor:
         """The weight with these arrays of the library for leaves."""
         self.require_dtype(weight.dtype)
         shape, scheme = weight.stored_shape, weight.scheme
@@ -77,6 +77,11 @@ class Bench:
     def require_dtype(self, name: str) -> None:
         """Skip where the library has no such dtype."""
         self.array(np.zeros(1, oracle.numpy_dtype(name)))
+
+    def require_mode(self, mode: str) -> None:
+        """Skip where the backend doesn't declare the mode."""
+        if mode not in self.info.modes:
+            self.inapplicable(f"{self.backend} declares no {mode}")
 
     def swapped(self, array: Any) -> Any:
         """The library's array with its last two axes swapped."""

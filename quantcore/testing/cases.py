@@ -17,6 +17,7 @@ __all__ = [
     "ACTIVATIONS",
     "DTYPES",
     "FEW_SCHEMES",
+    "MICROSCALED",
     "PAIRS",
     "SCHEMES",
     "SHAPES",
@@ -42,6 +43,9 @@ FEW_SCHEMES: Final = tuple(
     for bits, group in ((4, 64), (8, 32), (3, 128), (1, 64), (5, 16), (2, 256), (6, None), (4, None))
 )
 """Every code width, every group size, and each of the commonest pairs; for what isn't run on every scheme."""
+
+MICROSCALED: Final = tuple(Scheme(mode) for mode in ("mxfp4", "mxfp8", "nvfp4"))
+"""Schemes whose elements and scales are small floats."""
 
 PAIRS: Final = tuple(
     (scheme, x_dtype, w_dtype)
@@ -69,7 +73,8 @@ class Weight:
 
     Attributes
     ----------
-    packed, scales, biases : array
+    packed, scales : array
+    biases : array or None
     scheme : Scheme
     columns : int
         Logical length of the grouped axis.
@@ -81,7 +86,7 @@ class Weight:
 
     packed: Array
     scales: Array
-    biases: Array
+    biases: Array | None
     scheme: Scheme
     columns: int
     dtype: str
@@ -93,9 +98,9 @@ class Weight:
         return (*self.scales.shape[:-1], self.columns)
 
     @property
-    def leaves(self) -> tuple[Array, Array, Array]:
-        """The three arrays."""
-        return self.packed, self.scales, self.biases
+    def leaves(self) -> tuple[Array, ...]:
+        """The arrays: packed, scales and, where there are any, biases."""
+        return (self.packed, self.scales) if self.biases is None else (self.packed, self.scales, self.biases)
 
     @property
     def mT(self) -> "Weight":  # noqa: N802 (the array API's name)
@@ -108,13 +113,12 @@ class Weight:
     @cached_property
     def exact(self) -> Array:
         """The weight in float64, in the orientation in which it is used."""
-        return self._oriented(oracle.exact_weight(*self.leaves, self.scheme, self.columns))
+        return self._oriented(oracle.exact_weight(self.packed, self.scales, self.biases, self.scheme, self.columns))
 
     def dense(self, dtype: str | None = None) -> Array:
         """The contract's dense weight, in the orientation in which it is used."""
-        return self._oriented(
-            oracle.dequantize(*self.leaves, self.scheme, self.columns, self.dtype if dtype is None else dtype)
-        )
+        name = self.dtype if dtype is None else dtype
+        return self._oriented(oracle.dequantize(self.packed, self.scales, self.biases, self.scheme, self.columns, name))
 
     def _oriented(self, dense: Array) -> Array:
         return np.swapaxes(dense, -1, -2) if self.transposed else dense
@@ -136,6 +140,8 @@ def random_weight(scheme: Scheme, shape: tuple[int, ...], dtype: str, leaf_dtype
     """
     random = rng("weight", str(scheme), shape, dtype)
     codes = random.integers(0, 2**scheme.bits, shape)
+    if scheme.mode != "affine":
+        return _random_microscaled(random, codes, scheme, dtype)
     top = 2**scheme.bits - 1
     groups = (*shape[:-1], 1 if scheme.group_size is None else -(-shape[-1] // scheme.group_size))
     scales = random.uniform(1, 3, groups) / top * random.choice([-1, 1], groups)
@@ -145,8 +151,18 @@ def random_weight(scheme: Scheme, shape: tuple[int, ...], dtype: str, leaf_dtype
     return Weight(packed, scales.astype(kind), biases.astype(kind), scheme, shape[-1], dtype)
 
 
+def _random_microscaled(random: np.random.Generator, codes: Array, scheme: Scheme, dtype: str) -> Weight:
+    elements, _ = oracle.MICROSCALED[scheme.mode]
+    codes = np.where(np.isnan(elements[codes]), 0, codes)
+    around = 127 if scheme.mode != "nvfp4" else 0x38
+    scales = random.integers(around - 6, around + 6, (*codes.shape[:-1], scheme.groups(codes.shape[-1])))
+    if scheme.mode == "mxfp8":
+        scales = scales - 8  # elements reach 448
+    return Weight(oracle.pack_codes(codes, scheme.bits), scales.astype(np.uint8), None, scheme, codes.shape[-1], dtype)
+
+
 def exact_codes(scheme: Scheme, shape: tuple[int, ...], dtype: str) -> Weight:
-    """A weight whose elements, zeros among them, are small integers: exact however they are computed."""
+    """An affine weight whose elements, zeros among them, are small integers: exact however they are computed."""
     random = rng("exact", str(scheme), shape)
     weight = random_weight(scheme, shape, dtype)
     scales = random.choice([-2.0, -1.0, 1.0, 2.0], weight.scales.shape)

@@ -20,7 +20,7 @@ from typing import ClassVar
 
 import pytest
 
-for _part in ("bench", "contract_tests", "encoding_tests", "indexing_tests", "product_tests"):
+for _part in ("bench", "contract_tests", "encoding_tests", "indexing_tests", "microscaled_tests", "product_tests"):
     pytest.register_assert_rewrite(f"quantcore.testing.{_part}")
 
 import quantcore as qc  # noqa: E402
@@ -28,6 +28,7 @@ from quantcore.testing.bench import Bench  # noqa: E402
 from quantcore.testing.contract_tests import DispatchTests, ErrorTests, LayoutTests, TransferTests  # noqa: E402
 from quantcore.testing.encoding_tests import DequantizeTests, QuantizeTests  # noqa: E402
 from quantcore.testing.indexing_tests import GatherDotTests, TakeTests  # noqa: E402
+from quantcore.testing.microscaled_tests import MicroscaledTests  # noqa: E402
 from quantcore.testing.product_tests import ContractionTests, DotTests  # noqa: E402
 from quantcore.testing.report import Entry  # noqa: E402
 
@@ -42,6 +43,7 @@ class BackendConformance(
     ContractionTests,
     TakeTests,
     GatherDotTests,
+    MicroscaledTests,
     LayoutTests,
     TransferTests,
     ErrorTests,

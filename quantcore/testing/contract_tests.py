@@ -162,7 +162,7 @@ class TransferTests:
     def test_tensors_keep_every_bit(self, bench: Bench, dtype: str) -> None:
         """`QuantizedTensor.to` there and back changes nothing."""
         weight = random_weight(_SCHEME, (5, 128), dtype)
-        local = qc.quantized_tensor(*weight.leaves, weight.stored_shape, weight.scheme)
+        local = qc.quantized_tensor(weight.packed, weight.scales, weight.biases, weight.stored_shape, weight.scheme)
         bench.require_dtype(dtype)
         moved = local.to(bench.library)
         assert moved.library == bench.library

@@ -67,6 +67,7 @@ def _check_encoded(bench: Bench, qw: qc.QuantizedTensor, w: Array, scheme: Schem
         return
     wanted = oracle.encode(w, scheme)
     for name, actual, expected in zip(("packed codes", "scales", "biases"), got, wanted, strict=True):
+        assert expected is not None
         checks.check_same_bits(actual, expected, f"{name} of {what}")
 
 
@@ -250,6 +251,7 @@ def check_decoded(
 
 
 def _rounded_twice(weight: Weight, kind: np.dtype[Any]) -> Array:
+    assert weight.biases is not None
     codes = oracle.decode_codes(weight.packed, weight.scheme.bits, weight.columns)
     group = np.arange(weight.columns) // (weight.scheme.group_size or weight.columns)
     scaled = codes.astype(kind) * weight.scales.astype(kind)[..., group]

@@ -16,6 +16,7 @@ from quantcore.scheme import Scheme
 
 __all__ = [
     "BOUNDS",
+    "MICROSCALED",
     "decode_codes",
     "dequantize",
     "encode",
@@ -28,6 +29,7 @@ __all__ = [
     "pack_codes",
     "product",
     "product_dtype",
+    "small_floats",
     "take",
     "tensordot",
 ]
@@ -126,7 +128,61 @@ def encode_group(values: Array, bits: int) -> tuple[Array, np.float32, np.float3
     return codes.astype(np.int64), scale, bias
 
 
-def encode(w: Array, scheme: Scheme) -> tuple[Array, Array, Array]:
+def small_floats(exponent_bits: int, fraction_bits: int) -> Array:
+    """What each code of a small float stands for, in float64, no code being an infinity or NaN.
+
+    From the high end: a sign bit, the exponent E and the fraction F below 1. The value is ``2**(E - bias) * (1 + F)``,
+    or ``2**(1 - bias) * F`` where E is 0; the bias is ``2**(exponent_bits - 1) - 1``.
+    """
+    bias = 2 ** (exponent_bits - 1) - 1
+    values = []
+    for code in range(2 ** (exponent_bits + fraction_bits)):
+        exponent, fraction = code >> fraction_bits, (code % 2**fraction_bits) / 2**fraction_bits
+        values.append(math.ldexp(1 + fraction, exponent - bias) if exponent else math.ldexp(fraction, 1 - bias))
+    return np.asarray(values + [-value for value in values])
+
+
+_E2M1: Final = small_floats(2, 1)
+_E4M3: Final = small_floats(4, 3)
+_E4M3[[127, 255]] = np.nan
+_E8M0: Final = np.ldexp(1.0, np.arange(256) - 127)
+_E8M0[255] = np.nan
+
+MICROSCALED: Final[Mapping[str, tuple[Array, Array]]] = MappingProxyType(
+    {"mxfp4": (_E2M1, _E8M0), "mxfp8": (_E4M3, _E8M0), "nvfp4": (_E2M1, _E4M3)}
+)
+"""What codes of elements and of scales stand for, by mode."""
+
+
+def _nearest(value: float, table: Array) -> int:
+    """Code of the float nearest to a magnitude, of two as near the even one; the largest beyond it."""
+    finite = table[: len(table) // 2]
+    distance = np.abs(np.where(np.isnan(finite), np.inf, finite) - value)
+    nearest = np.flatnonzero(distance == distance.min())
+    return int(nearest[nearest % 2 == 0][0] if len(nearest) > 1 else nearest[0])
+
+
+def encode_microscaled_group(values: Array, mode: str) -> tuple[Array, int]:
+    """Codes of elements, and the code of the scale, of one group.
+
+    The scale is the least power of two that isn't below the largest magnitude / the largest element, none so large that
+    a product could leave float32's range; 1 for zeros; in nvfp4 the nearest e4m3. Quotients are in float32.
+    """
+    elements, scales = MICROSCALED[mode]
+    needed = np.max(np.abs(values)) / _F32(np.nanmax(elements))
+    if mode == "nvfp4":
+        code = _nearest(float(needed), scales)
+    else:
+        allowed = [c for c in range(255) if scales[c] * np.nanmax(elements) <= np.finfo(np.float32).max]
+        fitting = [c for c in allowed if scales[c] >= needed]
+        code = 127 if needed == 0 else min(fitting, default=max(allowed))
+    scale = _F32(scales[code])
+    scaled = values / scale if scale else np.zeros_like(values)
+    codes = [_nearest(abs(float(v)), elements) + (len(elements) // 2 if v < 0 else 0) for v in scaled]
+    return np.asarray(codes, np.int64), code
+
+
+def encode(w: Array, scheme: Scheme) -> tuple[Array, Array, Array | None]:
     """Quantize along the last axis, one group after the other.
 
     Parameters
@@ -139,12 +195,19 @@ def encode(w: Array, scheme: Scheme) -> tuple[Array, Array, Array]:
     -------
     packed : array, shape (..., N, ceil(K * bits / 32)), uint32
     scales, biases : array, shape (..., N, groups), w's dtype
+        Of the microscaled modes: uint8, and None.
     """
     *leading, columns = w.shape
     group = scheme.group_size or columns
     rows = w.astype(np.float32).reshape(-1, columns)
     groups = -(-columns // group)
     codes = np.zeros((len(rows), columns), np.int64)
+    if scheme.mode != "affine":
+        bytes_ = np.zeros((len(rows), groups), np.uint8)
+        for i, j in np.ndindex(len(rows), groups):
+            here = slice(j * group, (j + 1) * group)
+            codes[i, here], bytes_[i, j] = encode_microscaled_group(rows[i, here], scheme.mode)
+        return pack_codes(codes.reshape(w.shape), scheme.bits), bytes_.reshape(*leading, groups), None
     scales, biases = np.zeros((len(rows), groups), np.float32), np.zeros((len(rows), groups), np.float32)
     for i, row in enumerate(rows):
         for j in range(groups):
@@ -165,25 +228,34 @@ def _spread(values: Array, scheme: Scheme, columns: int) -> Array:
     return np.repeat(values, group, axis=-1)[..., :columns]
 
 
-def exact_weight(packed: Array, scales: Array, biases: Array, scheme: Scheme, columns: int) -> Array:
-    """The weight that the arrays stand for, ``code * scale + bias`` in float64.
+def exact_weight(packed: Array, scales: Array, biases: Array | None, scheme: Scheme, columns: int) -> Array:
+    """The weight that the arrays stand for, ``code * scale + bias`` or ``element * scale`` in float64.
 
     Returns
     -------
     array, shape (..., N, columns), float64
     """
+    if biases is None:
+        elements, of_groups = MICROSCALED[scheme.mode]
+        return elements[decode_codes(packed, scheme.bits, columns)] * _spread(of_groups[scales], scheme, columns)
     codes = decode_codes(packed, scheme.bits, columns).astype(np.float64)
     scale, bias = (_spread(part.astype(np.float64), scheme, columns) for part in (scales, biases))
     return codes * scale + bias
 
 
-def dequantize(packed: Array, scales: Array, biases: Array, scheme: Scheme, columns: int, dtype: str) -> Array:
+def dequantize(packed: Array, scales: Array, biases: Array | None, scheme: Scheme, columns: int, dtype: str) -> Array:
     """The contract's dense weight: product, then sum, in float32, each rounded; then one rounding to `dtype`.
+
+    An element times its scale is exact, so that in the microscaled modes only float32's range limits it.
 
     Returns
     -------
     array, shape (..., N, columns), `dtype`
     """
+    if biases is None:
+        with np.errstate(over="ignore"):
+            exact = exact_weight(packed, scales, None, scheme, columns).astype(np.float32)
+            return exact.astype(numpy_dtype(dtype))
     codes = decode_codes(packed, scheme.bits, columns).astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         scale, bias = (_spread(part.astype(np.float32), scheme, columns) for part in (scales, biases))

@@ -15,7 +15,7 @@ import pytest
 import quantcore as qc
 from quantcore import Scheme
 from quantcore.scheme import BITS, GROUP_SIZES
-from quantcore_backends.cpu_kernels import affine, compiled, threads
+from quantcore_backends.cpu_kernels import compiled, threads, weights
 
 Array = np.ndarray[Any, Any]
 SCHEMES = [Scheme("affine", bits, group) for bits in BITS for group in (*GROUP_SIZES, None)]
@@ -35,7 +35,7 @@ def reference(qw: qc.QuantizedTensor) -> Array:
     """The NumPy decoder's answer."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiled, "available", lambda: False)
-        dense: Array = affine.decode(qw.packed, qw.scales, qw.biases, qw.scheme, qw.in_features, np.dtype(np.float32))
+        dense: Array = weights.decode(qw.flatten()[0], qw.scheme, qw.in_features, np.dtype(np.float32))
     return dense
 
 

@@ -1,4 +1,4 @@
-"""GGUF: every affine type equals gguf-py's own dequantizer, bit for bit in float32; the header is read in full."""
+"""GGUF: every type that is read equals gguf-py's own dequantizer, bit for bit in float32; so does the header."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gguf.constants import GGML_QUANT_SIZES
 import quantcore as qc
 from quantcore.formats import gguf_blocks
 
-AFFINE = [kind.name for kind in gguf_blocks.TYPES.values() if kind.scheme is not None]
+READ = [kind.name for kind in gguf_blocks.TYPES.values() if kind.scheme is not None]
 KNOWN = [kind.name for kind in gguf_blocks.TYPES.values() if kind.scheme is None and kind.dtype is None]
 SHAPE = (3, 5, 512)
 RNG = np.random.default_rng(0)
@@ -24,6 +24,10 @@ def blocks_of(kind: str, shape: tuple[int, ...] = SHAPE) -> np.ndarray[Any, Any]
     """Random blocks of that type, every code and every sub-scale occurring; only the float16 scales are finite."""
     block, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     rows = RNG.integers(0, 256, (*shape[:-1], shape[-1] // block, nbytes), dtype=np.uint8)
+    if kind in ("MXFP4", "NVFP4"):
+        scales = rows[..., : 1 if kind == "MXFP4" else 4]
+        scales[...] = RNG.integers(0, 254 if kind == "MXFP4" else 128, scales.shape)
+        return rows.reshape(*shape[:-1], -1)
     positions = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "TQ2_0": (64,)}
     for at in positions.get(kind, (0, 2) if kind in ("Q4_1", "Q5_1") else (0,)):
         scale = (RNG.standard_normal(rows.shape[:-1]) * 10.0 ** RNG.uniform(-7, 3, rows.shape[:-1])).astype(np.float16)
@@ -45,7 +49,7 @@ def write(path: Path, tensors: dict[str, tuple[np.ndarray[Any, Any], str | None]
     return path
 
 
-@pytest.mark.parametrize("kind", AFFINE)
+@pytest.mark.parametrize("kind", READ)
 def test_type_equals_the_reference_bit_for_bit(tmp_path: Path, kind: str) -> None:
     blocks = blocks_of(kind)
     path = write(tmp_path / "a.gguf", {"w": (blocks, kind), "b": (np.arange(4, dtype=np.float32), None)})
@@ -101,8 +105,18 @@ def test_dense_types_are_views_of_the_file(tmp_path: Path) -> None:
     assert checkpoint["f32"].shape == (4, 6)
 
 
+@pytest.mark.parametrize(("kind", "byte"), [("MXFP4", 255), ("NVFP4", 128), ("NVFP4", 200), ("NVFP4", 255)])
+def test_a_microscaled_scale_that_is_no_number(tmp_path: Path, kind: str, byte: int) -> None:
+    blocks = blocks_of(kind, (3, 128))
+    nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1]
+    blocks[1, nbytes] = byte
+    checkpoint = qc.load(write(tmp_path / "a.gguf", {"w": (blocks, kind)}))
+    with pytest.raises(qc.FormatError, match=r"tensor 'w', byte \d+: a scale isn't finite"):
+        checkpoint["w"]
+
+
 @pytest.mark.parametrize("kind", KNOWN)
-def test_types_that_are_not_affine_are_listed_and_refused_by_name(tmp_path: Path, kind: str) -> None:
+def test_types_without_a_scheme_are_listed_and_refused_by_name(tmp_path: Path, kind: str) -> None:
     block, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     data = np.zeros((2, nbytes), np.uint8)
     checkpoint = qc.load(write(tmp_path / "a.gguf", {"w": (data, kind), "b": (np.ones(3, np.float32), None)}))

@@ -108,14 +108,46 @@ def test_rename_reaches_the_overrides(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("mode", "bits", "group"), [("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)])
-def test_float_modes_are_listed_and_refused_by_name(tmp_path: Path, mode: str, bits: int, group: int) -> None:
-    w, scales = mx.quantize(mx.ones((4, 128)), group_size=group, bits=bits, mode=mode)
+def test_microscaled_modes_there_and_back(tmp_path: Path, mode: str, bits: int, group: int) -> None:
+    dense = mx.random.normal((4, 128), key=mx.random.key(3))
+    w, scales = mx.quantize(dense, group_size=group, bits=bits, mode=mode)
     tensors = {"a.weight": w, "a.scales": scales} | quantized("b", 4, 64)
-    checkpoint = qc.load(write(tmp_path, tensors, {"bits": 4, "group_size": 64, "a": {"mode": mode}}))
+    settings = {"bits": 4, "group_size": 64, "a": {"mode": mode}}
+    checkpoint = qc.load(write(tmp_path / "in", tensors, settings))
     assert (checkpoint.entries["a.weight"].kind, checkpoint.entries["a.weight"].shape) == (mode, (4, 128))
-    with pytest.raises(qc.UnsupportedError, match=rf"tensor 'a\.weight', byte \d+: the mode {mode} isn't read yet"):
-        checkpoint["a.weight"]
+    loaded = checkpoint["a.weight"]
+    assert (loaded.scheme, loaded.dtype_name, loaded.biases) == (qc.Scheme(mode), "bfloat16", None)
+    expected = mx.dequantize(w, scales, group_size=group, bits=bits, mode=mode, dtype=mx.float32)
+    np.testing.assert_array_equal(loaded.dequantize(dtype="float32"), np.asarray(expected))
     assert checkpoint["b.weight"].shape == (6, 256)
+    qc.save(checkpoint, tmp_path / "out")
+    again = mx.load(str(tmp_path / "out" / "model.safetensors"))
+    assert set(again) == set(tensors)
+    for name, tensor in tensors.items():
+        assert mx.array_equal(again[name], tensor), name
+        assert again[name].dtype == tensor.dtype
+    own = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
+    given = {"group_size": group, "bits": bits, "mode": mode}
+    assert given in (own.get("a"), {key: own[key] for key in given})
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "error", "why"),
+    [
+        ({"a.scales": np.full((4, 4), 255, np.uint8)}, {}, qc.FormatError, r"'a\.scales', byte \d+: a scale is NaN"),
+        ({"a.scales": np.ones((4, 4), np.float32)}, {}, qc.FormatError, "dtype float32; expected uint8 in mxfp4"),
+        ({"a.biases": np.ones((4, 4), np.float32)}, {}, qc.FormatError, "mxfp4 has no biases"),
+        ({}, {"bits": 8, "group_size": 16}, qc.FormatError, "mxfp4 has 4 bits in groups of 32"),
+        ({"a.global_scale": np.ones(1, np.float32)}, {}, qc.UnsupportedError, "with a a.global_scale beside it"),
+    ],
+)
+def test_microscaled_weights_that_are_wrong(
+    tmp_path: Path, change: dict[str, Any], settings: dict[str, Any], error: type[Exception], why: str
+) -> None:
+    w, scales = mx.quantize(mx.ones((4, 128)), mode="mxfp4")
+    tensors = {"a.weight": w, "a.scales": scales} | {name: mx.array(part) for name, part in change.items()}
+    with pytest.raises(error, match=why):
+        qc.load(write(tmp_path, tensors, {"mode": "mxfp4", **settings}))["a.weight"]
 
 
 @pytest.mark.parametrize(

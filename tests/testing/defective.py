@@ -10,6 +10,7 @@ import numpy as np
 
 import quantcore as qc
 from quantcore import BackendInfo, Call, QuantizedTensor, Scheme, hookimpl
+from quantcore.scheme import MODES
 from quantcore.testing import oracle
 
 Array = np.ndarray[Any, Any]
@@ -30,6 +31,7 @@ class Reference:
             array_types=("numpy:ndarray",),
             priority=-2000,
             deviations=self.deviations,
+            modes=MODES,
         )
 
     @hookimpl
@@ -37,7 +39,7 @@ class Reference:
         return True if call.layout == "row" else "knows the layout 'row' only"
 
     @hookimpl
-    def quantize(self, w: Array, scheme: Scheme) -> tuple[Array, Array, Array]:
+    def quantize(self, w: Array, scheme: Scheme) -> tuple[Array, Array, Array | None]:
         return oracle.encode(w, scheme)
 
     @hookimpl
@@ -297,6 +299,43 @@ class LosesARowInItsLayout(Reference):
         packed = np.ascontiguousarray(qw.packed[..., ::-1])
         packed[..., -1, :] = 0
         return _relaid(qw, packed, "row")
+
+
+class RoundsHalvesTowardsZero(Reference):
+    """As MLX's CPU does with e2m1."""
+
+    name = "rounds halves towards zero"
+
+    @hookimpl
+    def quantize(self, w: Array, scheme: Scheme) -> tuple[Array, Array, Array | None]:
+        packed, scales, biases = oracle.encode(w, scheme)
+        if scheme.mode != "mxfp4" or not w.size:
+            return packed, scales, biases
+        by = oracle.MICROSCALED["mxfp4"][1][scales].astype(np.float32)
+        scaled = w.astype(np.float32) / np.repeat(by, 32, axis=-1)[..., : w.shape[-1]]
+        elements = oracle.MICROSCALED["mxfp4"][0].astype(np.float32)
+        return oracle.pack_codes(np.abs(scaled[..., None] - elements).argmin(axis=-1), 4), scales, None
+
+
+class ReadsNaNAsANumber(Reference):
+    name = "reads NaN as a number"
+
+    @hookimpl
+    def dequantize(self, qw: QuantizedTensor, dtype: str) -> Array:
+        return np.nan_to_num(super().dequantize(qw, dtype))
+
+
+class SwapsNibbles(Reference):
+    name = "swaps nibbles"
+
+    def weight(self, qw: QuantizedTensor) -> Array:
+        dense = super().weight(qw)
+        if qw.scheme.mode != "nvfp4" or not dense.size:
+            return dense
+        stored = np.swapaxes(dense, -1, -2) if qw.transposed else dense
+        swapped = np.arange(stored.shape[-1]) ^ 1
+        stored = stored[..., np.minimum(swapped, stored.shape[-1] - 1)]
+        return np.swapaxes(stored, -1, -2) if qw.transposed else stored
 
 
 def _relaid(qw: QuantizedTensor, packed: Array, layout: str) -> QuantizedTensor:
