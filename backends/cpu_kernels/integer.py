@@ -22,7 +22,7 @@ _FLOAT32: Final = np.dtype(np.float32)
 _UINT32: Final = np.dtype(np.uint32)
 FEW_ROWS: Final = 4
 """Rows of x up to which it doesn't pay to lay the weight in tiles."""
-THREADED: Final = 1 << 19
+THREADED: Final = 1 << 18
 """Multiplications worth a second thread."""
 _MOST: Final = 512
 """Rows of x in one go, which bounds the scratch memory."""

@@ -6,19 +6,17 @@ leave the rounding error times the bias, which is most of the weight's range.
 """
 
 from functools import cache
-from typing import Any
-
-import numpy as np
+from typing import Any, Final
 
 from quantcore_backends.cpu_kernels.activations import step_codes
 from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
 from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, STAMP, floats_at, job_at, row_of
-from quantcore_backends.cpu_kernels.simd import fma, load, prefetch, scale_at, times, total, zero
+from quantcore_backends.cpu_kernels.simd import fma, load, prefetch, times, total, zero
 from quantcore_backends.cpu_kernels.simd_int import (
     chunk_codes,
     dot,
     spread,
-    spread_valid,
+    spread_first,
     to_floats,
 )
 from quantcore_backends.cpu_kernels.vectors import LANES
@@ -26,19 +24,38 @@ from quantcore_backends.cpu_kernels.vectors import LANES
 __all__ = ["four_rows"]
 
 
+_AHEAD: Final = 8192
+"""Bytes of the weight, at least, between what is multiplied and what is prefetched."""
+_LINE: Final = 64
+
+
+@njit(forceinline=True, **COMPILED)
+def prefetch_four(address):
+    """Begin to bring four lines near.
+
+    They follow one another, unlike what four rows read: the hardware then sees one stream through the weight, and
+    keeps more lines under way than are asked for here.
+    """
+    prefetch(address)
+    prefetch(address + _LINE)
+    prefetch(address + 2 * _LINE)
+    prefetch(address + 3 * _LINE)
+
+
 def _biased(kind: int) -> Any:
-    """Function that multiplies a row's biases of a kind by the sums of x."""
+    """Function that multiplies a row's biases of a kind by the sums of x, lane by lane, and adds."""
     size = (4, 2, 2)[kind]
 
-    @njit(**COMPILED)
-    def biased(biases, sums, groups):
-        lanes, rest = zero(), 0.0
+    @njit(forceinline=True, **COMPILED)
+    def biased(biases, sums, groups, lanes):
         whole = groups // LANES
         for g in range(whole):
             lanes = fma(spread(biases + g * LANES * size, kind, LANES), load(sums + g * LANES * 4), lanes)
-        for g in range(whole * LANES, groups):
-            rest += np.float64(scale_at(biases + g * size, kind)) * np.float64(scale_at(sums + g * 4, 0))
-        return rest + total(lanes)
+        left = groups - whole * LANES
+        if left:
+            few = spread_first(biases + whole * LANES * size, kind, LANES, left)
+            lanes = fma(few, spread_first(sums + whole * LANES * 4, 0, LANES, left), lanes)
+        return lanes
 
     return biased
 
@@ -47,15 +64,15 @@ def _biased(kind: int) -> Any:
 _biased_float32, _biased_float16, _biased_bfloat16 = _biased(0), _biased(1), _biased(2)
 
 
-@njit(**COMPILED)
-def biased(job, n, sums):
-    """Biases of a row times the sums of x."""
+@njit(forceinline=True, **COMPILED)
+def biased(job, n, sums, lanes):
+    """Lanes to which biases of a row times the sums of x are added."""
     biases = job.biases + n * job.scale_row
     if job.kind == 0:
-        return _biased_float32(biases, sums, job.groups)
+        return _biased_float32(biases, sums, job.groups, lanes)
     if job.kind == 1:
-        return _biased_float16(biases, sums, job.groups)
-    return _biased_bfloat16(biases, sums, job.groups)
+        return _biased_float16(biases, sums, job.groups, lanes)
+    return _biased_bfloat16(biases, sums, job.groups, lanes)
 
 
 @cache
@@ -76,7 +93,8 @@ def four_rows(bits: int, kind: int, run: int, scales: int, width: int) -> Any:
         whole, left = job.in_features // step, job.in_features % step
         valid = (left + job.group - 1) // job.group
         at = (whole * scales >> job.group_shift) * job.scale_step
-        ahead = 4 * job.packed_row
+        four = 4 * job.packed_row
+        ahead = four * max(1, (_AHEAD + four - 1) // four)
         for n in range(first, last, 4):
             n1, n2, n3 = min(n + 1, last - 1), min(n + 2, last - 1), min(n + 3, last - 1)
             p0, p1, p2, p3 = row_of(job, n), row_of(job, n1), row_of(job, n2), row_of(job, n3)
@@ -88,12 +106,8 @@ def four_rows(bits: int, kind: int, run: int, scales: int, width: int) -> Any:
                 for i in range(whole):
                     xi, pi, si = x + i * codes_step, i * packed_step, (i * scales >> job.group_shift) * job.scale_step
                     xv = load(xs + i * (LANES * 4))
-                    if m == 0 and pi % 64 == 0:
-                        # The next four rows: hardware that prefetches learns a row's stream when it is half over.
-                        prefetch(p0 + ahead + pi)
-                        prefetch(p1 + ahead + pi)
-                        prefetch(p2 + ahead + pi)
-                        prefetch(p3 + ahead + pi)
+                    if m == 0 and pi % _LINE == 0:
+                        prefetch_four(p0 + ahead + 4 * pi)
                     a0 = times(to_floats(dot(p0 + pi, xi, bits, width, chunks)), xv)
                     a1 = times(to_floats(dot(p1 + pi, xi, bits, width, chunks)), xv)
                     a2 = times(to_floats(dot(p2 + pi, xi, bits, width, chunks)), xv)
@@ -102,18 +116,20 @@ def four_rows(bits: int, kind: int, run: int, scales: int, width: int) -> Any:
                     t2, t3 = fma(a2, spread(s2 + si, kind, scales), t2), fma(a3, spread(s3 + si, kind, scales), t3)
                 if left:
                     xi, pi, xv = x + whole * codes_step, whole * packed_step, load(xs + whole * (LANES * 4))
+                    if m == 0:
+                        prefetch_four(p0 + ahead + 4 * pi)
                     a0 = times(to_floats(dot(p0 + pi, xi, bits, width, chunks)), xv)
                     a1 = times(to_floats(dot(p1 + pi, xi, bits, width, chunks)), xv)
                     a2 = times(to_floats(dot(p2 + pi, xi, bits, width, chunks)), xv)
                     a3 = times(to_floats(dot(p3 + pi, xi, bits, width, chunks)), xv)
-                    t0 = fma(a0, spread_valid(s0 + at, kind, scales, valid), t0)
-                    t1 = fma(a1, spread_valid(s1 + at, kind, scales, valid), t1)
-                    t2 = fma(a2, spread_valid(s2 + at, kind, scales, valid), t2)
-                    t3 = fma(a3, spread_valid(s3 + at, kind, scales, valid), t3)
+                    t0 = fma(a0, spread_first(s0 + at, kind, scales, valid), t0)
+                    t1 = fma(a1, spread_first(s1 + at, kind, scales, valid), t1)
+                    t2 = fma(a2, spread_first(s2 + at, kind, scales, valid), t2)
+                    t3 = fma(a3, spread_first(s3 + at, kind, scales, valid), t3)
                 sums = job.sums + m * job.sums_row
                 out = floats_at(job.out + m * job.out_row, job.out_features)
-                y0, y1 = total(t0) + biased(job, n, sums), total(t1) + biased(job, n1, sums)
-                y2, y3 = total(t2) + biased(job, n2, sums), total(t3) + biased(job, n3, sums)
+                y0, y1 = total(biased(job, n, sums, t0)), total(biased(job, n1, sums, t1))
+                y2, y3 = total(biased(job, n2, sums, t2)), total(biased(job, n3, sums, t3))
                 out[n], out[n1], out[n2], out[n3] = y0, y1, y2, y3
                 if y0 - y0 + y1 - y1 + y2 - y2 + y3 - y3 != 0:
                     job.refused = 1  # not finite: floats must answer

@@ -51,7 +51,7 @@ __all__ = [
     "form",
     "lane_codes",
     "spread",
-    "spread_valid",
+    "spread_first",
     "to_floats",
 ]
 
@@ -280,22 +280,19 @@ def spread(typing: Any, address: Any, kind: Any, count: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def spread_valid(typing: Any, address: Any, kind: Any, count: Any, valid: Any) -> Any:
-    """As :func:`spread`, of which only the first `valid` exist: the last of them stands for the others."""
+def spread_first(typing: Any, address: Any, kind: Any, count: Any, first: Any) -> Any:
+    """As :func:`spread`, but only the first few of them are read; 0 stands for the others."""
     chosen, number = kind.literal_value, count.literal_value
-    size = (4, 2, 2)[chosen]
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        result = undefined(FLOATS)
-        last = builder.sub(args[3], ir.Constant(QWORD, 1))
-        for lane in range(LANES):
-            if lane * number % LANES == 0:
-                index = ir.Constant(QWORD, lane * number // LANES)
-                index = builder.select(builder.icmp_signed("<", index, last), index, last)
-                at = builder.add(args[0], builder.mul(index, ir.Constant(QWORD, size)))
-                value = _widened(builder, read(builder, at, (FLOAT, SHORT, SHORT)[chosen]), chosen)
-            result = builder.insert_element(result, value, ir.Constant(DWORD, lane))
-        return result
+        several = ir.VectorType((FLOAT, SHORT, SHORT)[chosen], number)
+        places = ir.Constant(ir.VectorType(QWORD, number), list(range(number)))
+        there = builder.icmp_signed("<", places, repeat(builder, args[3], number))
+        name = f"llvm.masked.load.v{number}{('f32', 'i16', 'i16')[chosen]}.p0"
+        pointer = builder.inttoptr(args[0], several.as_pointer())
+        found = called(builder, name, several, [pointer, ir.Constant(DWORD, 1), there, ir.Constant(several, None)])
+        wide = _widened(builder, found, chosen)
+        return shuffled(builder, wide, [lane * number // LANES for lane in range(LANES)])
 
     return floats(types.intp, kind, count, types.intp), generate
 
