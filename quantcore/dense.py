@@ -3,10 +3,12 @@
 import math
 from typing import Any, Final
 
+import numpy as np
+
 from quantcore import arrays, dispatch
 from quantcore.dtypes import REAL_FLOATING, dtype_name, native_dtype, result_dtype
 
-__all__ = ["cast", "check_operand", "floating", "gather", "matmul", "operands", "swapped", "take"]
+__all__ = ["cast", "check_operand", "floating", "gather", "is_simple", "matmul", "operands", "swapped", "take"]
 
 _UNCHECKED: Final = ("mlx",)
 """Libraries whose ``take`` checks no index, and reads past the end of the array."""
@@ -30,6 +32,14 @@ def operands(op: str, x: Any, w: Any, options: dict[str, Any]) -> tuple[Any, Any
     if arrays.library_of(x) == "numpy" and name in ("float16", "bfloat16"):
         name = "float32"  # NumPy has no half-precision matmul worth the name
     return arrays.plain_namespace(x, w), cast(x, name), cast(w, name), wanted
+
+
+_SIMPLE: Final = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+def is_simple(x: np.ndarray[Any, Any], w: np.ndarray[Any, Any]) -> bool:
+    """Whether ``np.matmul(x, w.mT)`` is the product as it stands: shapes that fit, one dtype that NumPy computes in."""
+    return x.dtype == w.dtype and x.dtype in _SIMPLE and x.ndim > 0 and w.ndim > 1 and x.shape[-1] == w.shape[-1]
 
 
 def matmul(op: str, x: Any, w: Any, options: dict[str, Any]) -> Any:

@@ -5,6 +5,8 @@ from functools import wraps
 from types import ModuleType
 from typing import Any, Final
 
+import numpy as np
+
 from quantcore import arrays, ops
 from quantcore.tensor import QuantizedTensor
 
@@ -31,6 +33,10 @@ def array_namespace(*arrays_: Any) -> Any:
     TypeError
         If an argument is no array, or if they are of several libraries.
     """
+    if len(arrays_) == 1:
+        proxy = _of_type.get(type(arrays_[0]))
+        if proxy is not None:
+            return proxy
     dense = [array.packed if isinstance(array, QuantizedTensor) else array for array in arrays_]
     libraries = {arrays.library_of(array) for array in dense if arrays.is_array(array)}
     if len(libraries) > 1:
@@ -42,6 +48,8 @@ def array_namespace(*arrays_: Any) -> Any:
     proxy = _proxies.get(id(wrapped))
     if proxy is None:
         proxy = _proxies[id(wrapped)] = Namespace(wrapped)
+    if type(arrays_[0]) is np.ndarray and len(arrays_) == 1:
+        _of_type[np.ndarray] = proxy  # other types may be of several namespaces
     return proxy
 
 
@@ -120,6 +128,7 @@ _QUANTIZED: Final[Mapping[str, Callable[..., Any]]] = {
 }
 
 _proxies: Final[dict[int, Namespace]] = {}
+_of_type: Final[dict[type, Namespace]] = {}
 
 
 def _either(name: str, dense: Callable[..., Any], quantized: Callable[..., Any]) -> Callable[..., Any]:
@@ -141,14 +150,28 @@ def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function, updated=())
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        for arg in (*args, *kwargs.values()):
-            if isinstance(arg, QuantizedTensor) or (
-                isinstance(arg, list | tuple) and any(isinstance(item, QuantizedTensor) for item in arg)
-            ):
-                raise TypeError(
-                    f"{name} doesn't take a QuantizedTensor; call .dequantize() for a dense array "
-                    f"(taken by {', '.join(_QUANTIZED)})"
-                )
+        for arg in args:
+            if type(arg) not in _PLAIN and _holds_quantized(arg):
+                raise _refusal(name)
+        if kwargs and any(map(_holds_quantized, kwargs.values())):
+            raise _refusal(name)
         return function(*args, **kwargs)
 
     return guarded
+
+
+_PLAIN: Final = frozenset({np.ndarray, float, int, bool, str, type(None)})
+"""Types that hold no tensor, told from others by one look."""
+
+
+def _holds_quantized(arg: Any) -> bool:
+    if isinstance(arg, list | tuple):
+        return any(isinstance(item, QuantizedTensor) for item in arg)
+    return isinstance(arg, QuantizedTensor)
+
+
+def _refusal(name: str) -> TypeError:
+    return TypeError(
+        f"{name} doesn't take a QuantizedTensor; call .dequantize() for a dense array "
+        f"(taken by {', '.join(_QUANTIZED)})"
+    )

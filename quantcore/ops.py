@@ -322,7 +322,10 @@ def canonical(qw: QuantizedTensor, /) -> QuantizedTensor:
 
 
 def _dot(op: str, x: Any, w: Any, out_dtype: Any, precision: Any, backend: Any) -> Any:
-    """``matmul(x, w.mT)``, with little between the caller and the kernel in the common case: a 2-D weight."""
+    """``matmul(x, w.mT)``, with little between the caller and the kernel in the common cases.
+
+    These are a 2-D weight, and NumPy's dense arrays, of keys and values in attention, say.
+    """
     if type(w) is QuantizedTensor and type(x) is not QuantizedTensor:
         x_shape = getattr(x, "shape", None)
         packed = w.packed
@@ -330,6 +333,8 @@ def _dot(op: str, x: Any, w: Any, out_dtype: Any, precision: Any, backend: Any) 
         if x_shape and packed.ndim == 2 and x_shape[-1] == contracted:
             function, dtype, precision, _ = dispatch.product_route("dot", x, x_shape, w, out_dtype, precision, backend)
             return function(x, w, dtype, precision)
+    elif type(x) is type(w) is np.ndarray and out_dtype is precision is None and dense.is_simple(x, w):
+        return np.matmul(x, np.swapaxes(w, -1, -2))
     return _product(op, x, w, {"out_dtype": out_dtype, "precision": precision, "backend": backend})
 
 
