@@ -13,6 +13,7 @@ import quantcore
 
 from .gguf_tokenizer import GgufTokenizer
 from .llama import Array, Cache, Config, Weights, forward
+from .merging import merge
 
 
 class ModelError(ValueError):
@@ -40,7 +41,9 @@ class LanguageModel:
             if checkpoint.entries[name].shape != shape:
                 raise ModelError(f"{name} in {file} has the shape {checkpoint.entries[name].shape}, not {shape}")
         names = [*weight_shapes(config), *(["output.weight"] if "output.weight" in checkpoint else [])]
-        return cls(config, tokenizer, {name: _to(checkpoint[name], library) for name in names}, library)
+        weights = {name: _to(checkpoint[name], library) for name in names}
+        merge(weights, config.layers)
+        return cls(config, tokenizer, weights, library)
 
     def dequantize(self) -> LanguageModel:
         """Return the model with every weight dense, in float32."""

@@ -25,6 +25,10 @@ Weights: TypeAlias = Mapping[str, Array]
 Cache: TypeAlias = tuple[tuple[Array, Array], ...]
 """Keys and values of each layer, ``(kv_heads, positions, head_size)``; empty before the first token."""
 
+ATTENTION_IN = ("attn_q", "attn_k", "attn_v")
+FFN_IN = ("ffn_gate", "ffn_up")
+"""Weights of a layer that multiply the same x."""
+
 _MASKED_SCORE = -1e9
 
 
@@ -71,12 +75,12 @@ def forward(
         The cache with these tokens; the one passed in is left as it was.
     """
     length, start = token_ids.shape[0], (cache[0][0].shape[1] if cache else 0)
-    cosines, sines, bias = (to_library(a, library) for a in _position_tables(config, start, length))
+    turns, bias = (to_library(a, library) for a in _position_tables(config, start, length))
     hidden = take(weights["token_embd.weight"], token_ids, axis=0)
     grown = []
     for index in range(config.layers):
         past = cache[index] if cache else None
-        hidden, kept = _layer(weights, f"blk.{index}", config, hidden, (cosines, sines), bias, past)
+        hidden, kept = _layer(weights, f"blk.{index}", config, hidden, turns, bias, past)
         grown.append(kept)
     if last_only:
         hidden = hidden[-1:, :]
@@ -89,15 +93,16 @@ def _layer(
     name: str,
     config: Config,
     hidden: Array,
-    rotation: tuple[Array, Array],
+    turns: Array,
     bias: Array,
     past: tuple[Array, Array] | None,
 ) -> tuple[Array, tuple[Array, Array]]:
     normed = rms_norm(hidden, weights[f"{name}.attn_norm.weight"], config.norm_eps)
-    attended, kept = _attention(weights, name, config, normed, rotation, bias, past)
+    attended, kept = _attention(weights, name, config, normed, turns, bias, past)
     hidden = hidden + attended
     normed = rms_norm(hidden, weights[f"{name}.ffn_norm.weight"], config.norm_eps)
-    gated = silu(dot(normed, weights[f"{name}.ffn_gate.weight"])) * dot(normed, weights[f"{name}.ffn_up.weight"])
+    both = project(weights, name, FFN_IN, normed)
+    gated = silu(both[:, : config.inner_width]) * both[:, config.inner_width :]
     return hidden + dot(gated, weights[f"{name}.ffn_down.weight"]), kept
 
 
@@ -106,67 +111,76 @@ def _attention(
     name: str,
     config: Config,
     x: Array,
-    rotation: tuple[Array, Array],
+    turns: Array,
     bias: Array,
     past: tuple[Array, Array] | None,
 ) -> tuple[Array, tuple[Array, Array]]:
     """Let every token attend to itself and those before it; neighbouring query heads share a key and value head."""
     xp = array_namespace(x)
-    length = x.shape[0]
-    query = rotate(_split_heads(dot(x, weights[f"{name}.attn_q.weight"]), config.heads), *rotation)
-    key = rotate(_split_heads(dot(x, weights[f"{name}.attn_k.weight"]), config.kv_heads), *rotation)
-    value = _split_heads(dot(x, weights[f"{name}.attn_v.weight"]), config.kv_heads)
+    length, size = x.shape[0], config.width // config.heads
+    heads, turned = config.heads, config.heads + config.kv_heads
+    split = xp.reshape(project(weights, name, ATTENTION_IN, x), (length, turned + config.kv_heads, size))
+    rotated = _by_head(xp.matmul(split[:, :turned, :], turns))
+    query, key, value = rotated[:heads, :, :], rotated[heads:, :, :], _by_head(split[:, turned:, :])
     if past is not None:
         key, value = xp.concat([past[0], key], axis=1), xp.concat([past[1], value], axis=1)
-    size, positions = query.shape[-1], key.shape[1]
-    grouped = (config.kv_heads, config.heads // config.kv_heads * length, size)
+    positions = key.shape[1]
+    grouped = (config.kv_heads, heads // config.kv_heads * length, size)
     scores = dot(xp.reshape(query, grouped), key) * (1.0 / math.sqrt(size))
     if length > 1:
-        scores = xp.reshape(scores, (config.heads, length, positions)) + bias
+        scores = xp.reshape(scores, (heads, length, positions)) + bias
         scores = xp.reshape(scores, (*grouped[:2], positions))
-    context = xp.reshape(xp.matmul(softmax(scores), value), (config.heads, length, size))
-    merged = xp.reshape(xp.permute_dims(context, (1, 0, 2)), (length, config.heads * size))
+    context = xp.reshape(xp.matmul(softmax(scores), value), (heads, length, size))
+    merged = xp.reshape(_by_head(context), (length, heads * size))
     return dot(merged, weights[f"{name}.attn_output.weight"]), (key, value)
 
 
-def _split_heads(x: Array, heads: int) -> Array:
-    """``(length, heads * size)`` → ``(heads, length, size)``."""
-    xp = array_namespace(x)
-    return xp.permute_dims(xp.reshape(x, (x.shape[0], heads, x.shape[1] // heads)), (1, 0, 2))
+def project(weights: Weights, name: str, parts: tuple[str, ...], x: Array) -> Array:
+    """Multiply x by several weights of a layer, the results side by side: by their merged weight where there is one."""
+    whole = weights.get(merged_name(name, parts))
+    if whole is not None:
+        return dot(x, whole)
+    return array_namespace(x).concat([dot(x, weights[f"{name}.{part}.weight"]) for part in parts], axis=-1)
 
 
-def rotate(x: Array, cosines: Array, sines: Array) -> Array:
-    """Turn each pair of neighbouring components by its position's angle.
+def merged_name(name: str, parts: tuple[str, ...]) -> str:
+    """The name of the weight that has the rows of several of a layer."""
+    return f"{name}.{'+'.join(parts)}.weight"
 
-    The first of all pairs come first in the result, then the second: products of queries with keys don't depend on
-    the order, as long as both have the same.
+
+def _by_head(x: Array) -> Array:
+    """Swap the first two axes: ``(length, heads, size)`` and ``(heads, length, size)``."""
+    return array_namespace(x).permute_dims(x, (1, 0, 2))
+
+
+def _position_tables(config: Config, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Matrices that turn a head at each position, and the bias of scores, ``(length, start + length)``.
+
+    A position turns each pair of neighbouring components by an angle of its own: ``head @ matrix``, of shape
+    ``(length, head_size, head_size)`` for all, is one operation where the pairs taken apart are ten.
     """
-    xp = array_namespace(x)
-    pairs = xp.reshape(x, (*x.shape[:-1], x.shape[-1] // 2, 2))
-    first, second = pairs[..., 0], pairs[..., 1]
-    return xp.concat([first * cosines - second * sines, first * sines + second * cosines], axis=-1)
-
-
-def _position_tables(config: Config, start: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cosines and sines ``(length, head_size / 2)``, and the score bias ``(length, start + length)``."""
     size = config.width // config.heads
     positions = np.arange(start, start + length)
     angles = positions[:, None] * config.rope_base ** (-np.arange(0, size, 2) / size)
+    first, second = np.arange(0, size, 2), np.arange(1, size, 2)
+    turns = np.zeros((length, size, size), np.float32)
+    turns[:, first, first] = turns[:, second, second] = np.cos(angles)
+    turns[:, first, second] = np.sin(angles)
+    turns[:, second, first] = -np.sin(angles)
     later = np.arange(start + length) > positions[:, None]
-    bias = np.where(later, np.float32(_MASKED_SCORE), np.float32(0))
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32), bias
+    return turns, np.where(later, np.float32(_MASKED_SCORE), np.float32(0))
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """Give every row a root mean square of 1, then the learned scale."""
     xp = array_namespace(x)
-    return x / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+    return x / xp.sqrt(xp.sum(x * x, axis=-1, keepdims=True) * (1.0 / x.shape[-1]) + eps) * weight
 
 
 def silu(x: Array) -> Array:
     """``x * sigmoid(x)``, through tanh, which doesn't overflow."""
-    xp = array_namespace(x)
-    return 0.5 * x * (1.0 + xp.tanh(0.5 * x))
+    half = 0.5 * x
+    return half + half * array_namespace(x).tanh(half)
 
 
 def softmax(scores: Array) -> Array:
