@@ -24,7 +24,18 @@ from numba.extending import intrinsic
 
 from quantcore_backends.cpu_kernels.disk_cache import njit
 
-__all__ = ["CPUS", "MOST_WORKERS", "POOL_BYTES", "call_kernel", "keep_apart", "parallel", "prepare", "stop", "work"]
+__all__ = [
+    "CPUS",
+    "MOST_WORKERS",
+    "POOL_BYTES",
+    "call_kernel",
+    "keep_apart",
+    "look",
+    "parallel",
+    "prepare",
+    "stop",
+    "work",
+]
 
 MOST_WORKERS: Final = 255
 CPUS: Final = 640
@@ -53,7 +64,7 @@ _JOINED: Final = _OPEN - 1
 _GENERATION: Final = 1 << 17
 
 _SPINS: Final = 1000
-"""Looks at the state before a worker sleeps: 15 to 50 µs."""
+"""Looks at the state before a caller yields."""
 _LINUX: Final = platform.system() == "Linux"
 _X86: Final = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -205,16 +216,26 @@ def _drain(pool, thread):
 
 
 @njit(**_OPTIONS)
-def work(pool, thread, native):
+def look(pool, times):
+    """What a waiting worker does, so many times: to find out how long it takes here."""
+    spins = 0
+    while _load(pool + _STATE) // _GENERATION >= 0 and spins < times:
+        spins += 1
+        _pause()
+
+
+@njit(**_OPTIONS)
+def work(pool, thread, native, looks):
     """What a worker does all its life.
 
-    `thread` is its number, from 1, and `native` the system's number of its thread, or 0 to leave it where it is.
+    `thread` is its number, from 1, and `native` the system's number of its thread, or 0 to leave it where it is. Before
+    it sleeps, it looks `looks` times whether there is work.
     """
     _store(pool + _THREADS + 8 * (thread - 1), native)
     seen = 0
     while _load(pool + _STOP) == 0:
         spins = 0
-        while _load(pool + _STATE) // _GENERATION == seen and spins < _SPINS:
+        while _load(pool + _STATE) // _GENERATION == seen and spins < looks:
             spins += 1
             _pause()
         state = _load(pool + _STATE)

@@ -7,6 +7,7 @@ The kernels release the GIL, so a small pool of Python threads does as well, and
 import atexit
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
@@ -18,6 +19,9 @@ __all__ = ["NativePool", "native_pool", "over_rows", "thread_count"]
 _VARIABLES: Final = ("QUANTCORE_NUM_THREADS", "NUMBA_NUM_THREADS", "OMP_NUM_THREADS")
 _FEW_CPUS: Final = 8
 """CPUs up to which the waiting threads keep off the caller's."""
+_AWAKE: Final = 60e-6
+"""Seconds that a worker waits awake: what a model does between two products, more or less. To wake takes as long."""
+_TRIED, _MOST_LOOKS = 1000, 100_000
 _pool: ThreadPoolExecutor | None = None
 _native: "NativePool | None" = None
 _starting = threading.Lock()
@@ -97,16 +101,26 @@ class NativePool:
                 self._memory[pool.CPUS + cpu // 8] |= 1 << cpu % 8
         apart = threads == len(cpus) <= _FEW_CPUS
         pool.prepare(self.address)
+        looks = self._looks(_AWAKE)
         self._threads = [
-            threading.Thread(target=self._work, args=(number, apart), name=f"quantcore-{number}", daemon=True)
+            threading.Thread(target=self._work, args=(number, apart, looks), name=f"quantcore-{number}", daemon=True)
             for number in range(1, self.threads)
         ]
         for thread in self._threads:
             thread.start()
         atexit.register(self.stop)
 
-    def _work(self, number: int, apart: bool) -> None:
-        self._compiled.work(self.address, number, threading.get_native_id() if apart else 0)
+    def _work(self, number: int, apart: bool, looks: int) -> None:
+        self._compiled.work(self.address, number, threading.get_native_id() if apart else 0, looks)
+
+    def _looks(self, seconds: float) -> int:
+        """How often a worker can look for work in that time: a pause is 40 cycles here, 140 there, or none at all."""
+        taken = []
+        for _ in range(4):
+            start = time.perf_counter()
+            self._compiled.look(self.address, _TRIED)
+            taken.append(time.perf_counter() - start)
+        return min(int(seconds / max(min(taken), 1e-9) * _TRIED), _MOST_LOOKS)
 
     def stop(self) -> None:
         """End the threads, before the interpreter takes down the code that they are in."""
