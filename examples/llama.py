@@ -126,11 +126,11 @@ def _attention(
         key, value = xp.concat([past[0], key], axis=1), xp.concat([past[1], value], axis=1)
     positions = key.shape[1]
     grouped = (config.kv_heads, heads // config.kv_heads * length, size)
-    scores = dot(xp.reshape(query, grouped), key) * (1.0 / math.sqrt(size))
+    scores = dot(xp.reshape(query * (1.0 / math.sqrt(size)), grouped), key)
     if length > 1:
         scores = xp.reshape(scores, (heads, length, positions)) + bias
         scores = xp.reshape(scores, (*grouped[:2], positions))
-    context = xp.reshape(xp.matmul(softmax(scores), value), (heads, length, size))
+    context = xp.reshape(weighted(value, scores), (heads, length, size))
     merged = xp.reshape(_by_head(context), (length, heads * size))
     return dot(merged, weights[f"{name}.attn_output.weight"]), (key, value)
 
@@ -183,8 +183,8 @@ def silu(x: Array) -> Array:
     return half + half * array_namespace(x).tanh(half)
 
 
-def softmax(scores: Array) -> Array:
-    """Turn every row of scores into weights that sum to 1."""
+def weighted(values: Array, scores: Array) -> Array:
+    """Mean of the values by the softmax of every row of scores, which is divided by its sum after the product."""
     xp = array_namespace(scores)
     exponentials = xp.exp(scores - xp.max(scores, axis=-1, keepdims=True))
-    return exponentials / xp.sum(exponentials, axis=-1, keepdims=True)
+    return xp.matmul(exponentials, values) / xp.sum(exponentials, axis=-1, keepdims=True)

@@ -136,21 +136,31 @@ def block_product(
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         block = _Block(builder, *(n.literal_value for n in (height, vectors, run, width, bits)))
         x, x_scales, words, scales, out, runs, group_runs = args[:7]
+        scale, left = cgutils.alloca_once_value(builder, scales), cgutils.alloca_once_value(builder, group_runs)
         with cgutils.for_range(builder, runs) as loop:
             at = loop.index
             block.sum_run(
                 builder.add(x, builder.mul(at, ir.Constant(QWORD, block.x_bytes * block.height))),
                 builder.add(words, builder.mul(at, ir.Constant(QWORD, block.word_bytes))),
             )
-            group = builder.udiv(at, group_runs)
             block.scale_run(
                 builder.add(x_scales, builder.mul(at, ir.Constant(QWORD, 8 * block.height))),
-                builder.add(scales, builder.mul(group, ir.Constant(QWORD, 8 * LANES * block.vectors))),
+                builder.load(scale),
                 out,
             )
+            _count_down(builder, left, group_runs, scale, 8 * LANES * block.vectors)
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 7, height, vectors, run, width, bits), generate
+
+
+def _count_down(builder: Any, left: Any, runs: Any, scale: Any, size: int) -> None:
+    """Go on to the next group's scales after its last run; a division would branch, and LLVM spill across it."""
+    fewer = builder.sub(builder.load(left), ir.Constant(QWORD, 1))
+    last = builder.icmp_signed("==", fewer, ir.Constant(QWORD, 0))
+    builder.store(builder.select(last, runs, fewer), left)
+    here = builder.load(scale)
+    builder.store(builder.select(last, offset(builder, here, size), here), scale)
 
 
 class _Block:
