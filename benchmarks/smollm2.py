@@ -19,6 +19,7 @@ import quantcore
 from quantcore_examples.fetch import SMOLLM2, fetch_model
 from quantcore_examples.generate import perplexity
 from quantcore_examples.language_model import LanguageModel
+from quantcore_examples.llama import Cache
 
 PREFILL, DECODE = 256, 32
 WINDOWS, WINDOW = 24, 256
@@ -32,7 +33,7 @@ def prefill(model: LanguageModel, ids: list[int], precision: Any) -> Call:
 
     def run() -> None:
         with quantcore.use_precision(precision):
-            model.logits(ids, ())
+            model.logits(ids, [])
 
     return run
 
@@ -40,13 +41,14 @@ def prefill(model: LanguageModel, ids: list[int], precision: Any) -> Call:
 def decode(model: LanguageModel, ids: list[int], precision: Any) -> Call:
     """Writes tokens after a prompt of 8, which was read before."""
     with quantcore.use_precision(precision):
-        start = model.logits(ids[:8], ())
+        start: Cache = []
+        first = model.logits(ids[:8], start)
 
     def run() -> None:
-        logits, cache = start
+        logits, cache = first, list(start)
         with quantcore.use_precision(precision):
             for _ in range(DECODE):
-                logits, cache = model.logits([int(np.argmax(logits[-1]))], cache)
+                logits = model.logits([int(np.argmax(logits[-1]))], cache)
 
     return run
 

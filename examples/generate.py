@@ -40,9 +40,9 @@ def generate(
     timing = timing or Timing()
     generator = np.random.default_rng(seed)
     began = time.perf_counter()
-    cache: Cache = ()
+    cache: Cache = []
     for start in range(0, len(prompt_ids), _PREFILL_CHUNK):
-        logits, cache = model.logits(list(prompt_ids[start : start + _PREFILL_CHUNK]), cache)
+        logits = model.logits(list(prompt_ids[start : start + _PREFILL_CHUNK]), cache)
     timing.prefill_tokens, timing.prefill_seconds = len(prompt_ids), time.perf_counter() - began
     for count in range(max_tokens):
         token = _draw(logits[-1], temperature, generator)
@@ -51,7 +51,7 @@ def generate(
         yield token
         if count + 1 < max_tokens:
             began = time.perf_counter()
-            logits, cache = model.logits([token], cache)
+            logits = model.logits([token], cache)
             timing.decode_tokens += 1
             timing.decode_seconds += time.perf_counter() - began
 
@@ -61,7 +61,7 @@ def perplexity(model: LanguageModel, ids: Sequence[int], window: int) -> float:
     losses = []
     for start in range(0, len(ids) - window + 1, window):
         tokens = list(ids[start : start + window])
-        logits = model.logits(tokens[:-1], (), last_only=False)[0].astype(np.float64)
+        logits = model.logits(tokens[:-1], [], last_only=False).astype(np.float64)
         logits -= logits.max(axis=-1, keepdims=True)
         chosen = logits[np.arange(window - 1), tokens[1:]]
         losses.append(np.log(np.exp(logits).sum(axis=-1)) - chosen)

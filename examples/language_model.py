@@ -13,7 +13,7 @@ import quantcore
 
 from .gguf_tokenizer import GgufTokenizer
 from .llama import Array, Cache, Config, Weights, forward
-from .merging import merge
+from .merging import merge_layer
 
 
 class ModelError(ValueError):
@@ -41,8 +41,11 @@ class LanguageModel:
             if checkpoint.entries[name].shape != shape:
                 raise ModelError(f"{name} in {file} has the shape {checkpoint.entries[name].shape}, not {shape}")
         names = [*weight_shapes(config), *(["output.weight"] if "output.weight" in checkpoint else [])]
-        weights = {name: _to(checkpoint[name], library) for name in names}
-        merge(weights, config.layers)
+        weights = {name: _to(checkpoint[name], library) for name in names if not name.startswith("blk.")}
+        for layer in range(config.layers):
+            own = [name for name in names if name.startswith(f"blk.{layer}.")]
+            weights |= {name: _to(checkpoint[name], library) for name in own}
+            merge_layer(weights, layer)  # now, lest all parts be in memory beside what they are merged into
         return cls(config, tokenizer, weights, library)
 
     def dequantize(self) -> LanguageModel:
@@ -50,11 +53,11 @@ class LanguageModel:
         dense = {name: quantcore.dequantize(weight, dtype="float32") for name, weight in self.weights.items()}
         return replace(self, weights=dense)
 
-    def logits(self, ids: list[int], cache: Cache, last_only: bool = True) -> tuple[np.ndarray[Any, Any], Cache]:
-        """Feed tokens that follow the cache's; the logits are a NumPy array, whatever library computed them."""
+    def logits(self, ids: list[int], cache: Cache, last_only: bool = True) -> np.ndarray[Any, Any]:
+        """Feed tokens that follow the cache's, which grows by them; the logits are a NumPy array in any library."""
         tokens: Array = quantcore.to_library(np.asarray(ids, dtype=np.int32), self.library)
-        found, cache = forward(self.weights, self.config, tokens, cache, self.library, last_only)
-        return np.asarray(quantcore.to_library(found, "numpy"), dtype=np.float32), cache
+        found = forward(self.weights, self.config, tokens, cache, self.library, last_only)
+        return np.asarray(quantcore.to_library(found, "numpy"), dtype=np.float32)
 
 
 def read_config(metadata: Mapping[str, Any]) -> Config:

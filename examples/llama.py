@@ -22,7 +22,7 @@ Array: TypeAlias = Any
 Weights: TypeAlias = Mapping[str, Array]
 """Weights by GGUF's names, all of one library."""
 
-Cache: TypeAlias = tuple[tuple[Array, Array], ...]
+Cache: TypeAlias = list[tuple[Array, Array]]
 """Keys and values of each layer, ``(kv_heads, positions, head_size)``; empty before the first token."""
 
 ATTENTION_IN = ("attn_q", "attn_k", "attn_v")
@@ -49,7 +49,7 @@ class Config:
 
 def forward(
     weights: Weights, config: Config, token_ids: Array, cache: Cache, library: str, last_only: bool = True
-) -> tuple[Array, Cache]:
+) -> Array:
     """Feed tokens that follow those in the cache.
 
     Parameters
@@ -61,7 +61,8 @@ def forward(
     token_ids
         Token ids, int32, of shape ``(length,)``, of the weights' library.
     cache
-        What an earlier call returned, or ``()``.
+        What earlier calls left there. It grows by these tokens, layer by layer, so that it is never there twice; its
+        arrays aren't written to, and ``list(cache)`` keeps it as it is.
     library
         The name of the weights' library, to which position tables are moved.
     last_only
@@ -71,21 +72,18 @@ def forward(
     -------
     logits : Array
         Shape ``(1, vocab_size)`` or ``(length, vocab_size)``.
-    cache : Cache
-        The cache with these tokens; the one passed in is left as it was.
     """
     length, start = token_ids.shape[0], (cache[0][0].shape[1] if cache else 0)
     turns, bias = (to_library(a, library) for a in _position_tables(config, start, length))
     hidden = take(weights["token_embd.weight"], token_ids, axis=0)
-    grown = []
     for index in range(config.layers):
-        past = cache[index] if cache else None
+        past = cache[index] if index < len(cache) else None
         hidden, kept = _layer(weights, f"blk.{index}", config, hidden, turns, bias, past)
-        grown.append(kept)
+        cache[index : index + 1] = [kept]
     if last_only:
         hidden = hidden[-1:, :]
     normed = rms_norm(hidden, weights["output_norm.weight"], config.norm_eps)
-    return dot(normed, weights.get("output.weight", weights["token_embd.weight"])), tuple(grown)
+    return dot(normed, weights.get("output.weight", weights["token_embd.weight"]))
 
 
 def _layer(

@@ -9,22 +9,21 @@ import quantcore
 from .llama import ATTENTION_IN, FFN_IN, merged_name
 
 
-def merge(weights: dict[str, Any], layers: int) -> None:
-    """Merge, in place, each layer's projections of the same x whose weights are stored alike.
+def merge_layer(weights: dict[str, Any], layer: int) -> None:
+    """Merge, in place, a layer's projections of the same x whose weights are stored alike.
 
     Parameters
     ----------
     weights
         By GGUF's names, dense or quantized; merged ones take the place of their parts.
-    layers
-        The number of layers.
+    layer
+        The number of the layer.
     """
-    for layer in range(layers):
-        for parts in (ATTENTION_IN, FFN_IN):
-            name = f"blk.{layer}"
-            names = [f"{name}.{part}.weight" for part in parts]
-            if _alike([weights[part] for part in names]):
-                weights[merged_name(name, parts)] = _stacked([weights.pop(part) for part in names])
+    for parts in (ATTENTION_IN, FFN_IN):
+        name = f"blk.{layer}"
+        names = [f"{name}.{part}.weight" for part in parts]
+        if _alike([weights[part] for part in names]):
+            weights[merged_name(name, parts)] = _stacked([weights.pop(part) for part in names])
 
 
 def _alike(tensors: list[Any]) -> bool:

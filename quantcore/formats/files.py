@@ -109,6 +109,17 @@ class MappedFile:
             flat.flags.writeable = False
         return flat.reshape(tuple(shape))
 
+    def release(self, offset: int, count: int) -> None:
+        """Give back the memory that bytes of the file take, once they were read and copied.
+
+        Views of them stay right: what is looked at again is read again, from the system's cache of the file.
+        """
+        if hasattr(mmap, "MADV_DONTNEED"):
+            first = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+            last = (offset + count) // mmap.PAGESIZE * mmap.PAGESIZE
+            if first < last:
+                self.buffer.madvise(mmap.MADV_DONTNEED, first, last - first)
+
 
 @dataclass(frozen=True, slots=True)
 class Stored:

@@ -108,6 +108,7 @@ def _read(file: MappedFile, name: str, shape: tuple[int, ...], kind: BlockType, 
         if block is not None:
             at = offset + (start * per_row + block) * kind.nbytes
             malformed(file.path, "a scale isn't finite", tensor=name, offset=at)
+        file.release(offset + start * per_row * kind.nbytes, part.nbytes)
     if scheme.bits in (4, 5, 8) and kind.name.endswith("_0"):
         of_groups[1] = _narrow(of_groups[1])
     packed, scales, *biases = (leaf.reshape(*shape[:-1], -1) for leaf in (packed, *of_groups))

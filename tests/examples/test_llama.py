@@ -9,7 +9,8 @@ import pytest
 
 import quantcore
 from quantcore_examples.language_model import weight_shapes
-from quantcore_examples.llama import Config, forward
+from quantcore_examples.llama import Cache, Config, forward
+from quantcore_examples.merging import merge_layer
 
 CONFIG = Config(
     vocab_size=40,
@@ -71,16 +72,21 @@ def reference(weights: dict[str, Array], ids: list[int]) -> Array:
     return norm(hidden, w["output_norm.weight"]) @ w["token_embd.weight"].T
 
 
-def logits(weights: dict[str, Any], pieces: list[list[int]], library: str) -> Array:
-    """Logits of all tokens, fed piece by piece."""
-    moved = {
+def moved(weights: dict[str, Any], library: str) -> dict[str, Any]:
+    return {
         name: w.to(library) if quantcore.is_quantized(w) else quantcore.to_library(w, library)
         for name, w in weights.items()
     }
-    cache, found = (), []
+
+
+def logits(weights: dict[str, Any], pieces: list[list[int]], library: str) -> Array:
+    """Logits of all tokens, fed piece by piece."""
+    own = moved(weights, library)
+    cache: Cache = []
+    found = []
     for piece in pieces:
         tokens = quantcore.to_library(np.asarray(piece, np.int32), library)
-        part, cache = forward(moved, CONFIG, tokens, cache, library, last_only=False)
+        part = forward(own, CONFIG, tokens, cache, library, last_only=False)
         found.append(np.asarray(quantcore.to_library(part, "numpy")))
     return np.concatenate(found)
 
@@ -105,7 +111,40 @@ def test_packed_weights_give_the_logits_of_the_dequantized(weights: dict[str, Ar
 
 
 def test_only_the_last_logits_are_computed_when_asked_for(weights: dict[str, Array]) -> None:
-    found, cache = forward(weights, CONFIG, np.asarray(IDS, np.int32), (), "numpy")
+    cache: Cache = []
+    found = forward(weights, CONFIG, np.asarray(IDS, np.int32), cache, "numpy")
     assert found.shape == (1, CONFIG.vocab_size)
     np.testing.assert_allclose(found[0], reference(weights, IDS)[-1], rtol=1e-3, atol=1e-3)
     assert {kept.shape for pair in cache for kept in pair} == {(2, len(IDS), 16)}
+
+
+def test_a_copy_of_the_cache_stays_as_it_was(weights: dict[str, Array]) -> None:
+    cache: Cache = []
+    forward(weights, CONFIG, np.asarray(IDS[:4], np.int32), cache, "numpy")
+    kept = list(cache)
+    first = forward(weights, CONFIG, np.asarray(IDS[4:], np.int32), cache, "numpy")
+    assert cache[0][0].shape[1] == len(IDS)
+    assert kept[0][0].shape[1] == 4
+    np.testing.assert_array_equal(forward(weights, CONFIG, np.asarray(IDS[4:], np.int32), kept, "numpy"), first)
+
+
+@pytest.mark.parametrize("library", ["numpy", "mlx", "torch"])
+def test_merged_weights_give_the_same_logits(weights: dict[str, Array], library: str) -> None:
+    packed = {n: quantcore.quantize(w, bits=4, group_size=32) if w.ndim == 2 else w for n, w in weights.items()}
+    expected = logits(packed, [IDS], library)
+    own = moved(packed, library)
+    merge_layer(own, 0)
+    assert {"blk.0.attn_q+attn_k+attn_v.weight", "blk.0.ffn_gate+ffn_up.weight"} <= own.keys()
+    assert "blk.0.attn_q.weight" not in own
+    tokens = quantcore.to_library(np.asarray(IDS, np.int32), library)
+    found = forward(own, CONFIG, tokens, [], library, last_only=False)
+    np.testing.assert_allclose(np.asarray(quantcore.to_library(found, "numpy")), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_weights_that_are_stored_otherwise_stay_apart(weights: dict[str, Array]) -> None:
+    mixed: dict[str, Any] = dict(weights)
+    mixed["blk.0.attn_v.weight"] = quantcore.quantize(weights["blk.0.attn_v.weight"], bits=8, group_size=32)
+    merge_layer(mixed, 0)
+    assert "blk.0.attn_v.weight" in mixed
+    assert "blk.0.attn_q+attn_k+attn_v.weight" not in mixed
+    assert "blk.0.ffn_gate+ffn_up.weight" in mixed

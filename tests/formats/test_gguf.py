@@ -150,3 +150,17 @@ def test_metadata_as_gguf_py_reads_it(tmp_path: Path) -> None:
 def test_format_is_found_by_content(tmp_path: Path) -> None:
     path = write(tmp_path / "model.safetensors", {"w": (np.ones(3, np.float32), None)})
     assert qc.load(path).format == "gguf"
+
+
+def test_what_was_read_can_be_read_again(tmp_path: Path) -> None:
+    """Reading gives the file's memory back; its views, and what is read once more, are the same."""
+    blocks = blocks_of("Q4_K", (256, 4096))
+    dense = RNG.standard_normal((64, 1024)).astype(np.float32)
+    checkpoint = qc.load(write(tmp_path / "a.gguf", {"d": (dense, None), "w": (blocks, "Q4_K"), "e": (dense, None)}))
+    view = checkpoint["e"]
+    first = checkpoint["w"]
+    for again in (checkpoint["w"], checkpoint["w"]):
+        np.testing.assert_array_equal(again.packed, first.packed)
+        np.testing.assert_array_equal(again.scales, first.scales)
+    np.testing.assert_array_equal(view, dense)
+    np.testing.assert_array_equal(checkpoint["d"], dense)
