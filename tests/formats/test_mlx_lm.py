@@ -99,6 +99,7 @@ def their_logits(folder: Path) -> Any:
 RECIPES = [
     ["--bits", 4, "--group-size", 64],
     ["--bits", 8, "--group-size", 32, "--rules", "*down_proj*=affine-int3-g128", "--rules", "lm_head*=keep"],
+    ["--rules", "*mlp*=mxfp4", "--rules", "*proj*=nvfp4", "--rules", "lm_head*=mxfp8", "--rules", "*embed*=mxfp4"],
     [],
 ]
 
@@ -119,6 +120,16 @@ def test_exactly_what_mlx_lm_would_have_made(model: Path, tmp_path: Path) -> Non
     assert set(ours) == set(theirs)
     for name, tensor in theirs.items():
         np.testing.assert_array_equal(np.asarray(ours[name]), np.asarray(tensor))
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
+def test_a_folder_of_a_microscaled_mode_loads_here(model: Path, tmp_path: Path, mode: str) -> None:
+    convert(str(model), str(tmp_path / "out"), quantize=True, q_mode=mode, dtype="float32")
+    checkpoint = qc.load(tmp_path / "out")
+    assert {checkpoint[f"{name}.weight"].scheme for name in ("lm_head", "model.layers.1.mlp.up_proj")} == {
+        qc.Scheme(mode)
+    }
+    np.testing.assert_array_equal(np.asarray(our_logits(tmp_path / "out")), np.asarray(their_logits(tmp_path / "out")))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

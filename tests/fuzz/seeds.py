@@ -12,6 +12,8 @@ import onnx
 from gguf import GGMLQuantizationType, GGUFWriter
 from safetensors.numpy import save
 
+import quantcore
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "formats"))
 
 import makers
@@ -40,8 +42,15 @@ def _sharded() -> Files:
     return files
 
 
+def _microscaled() -> Files:
+    qw = quantcore.quantize(np.random.default_rng(0).standard_normal((2, 64)).astype(np.float32), "nvfp4")
+    config = {"quantization": {"mode": "nvfp4", "bits": 4, "group_size": 16}}
+    tensors = {"m.weight": qw.packed, "m.scales": qw.scales}
+    return {"model.safetensors": save(tensors), "config.json": json.dumps(config).encode()}
+
+
 def _gguf() -> Files:
-    kinds = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ2_0"]
+    kinds = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ2_0", "MXFP4", "NVFP4"]
     with tempfile.TemporaryDirectory() as folder:
         writer = GGUFWriter(Path(folder) / "m.gguf", "llama")
         writer.add_array("words", ["", "a", "Ġthe"])
@@ -66,6 +75,7 @@ def _onnx() -> Files:
 SEEDS: dict[str, Files] = {
     "safetensors": {"m.safetensors": save({"a": np.ones((2, 3), np.float32), "b": np.arange(4, dtype=np.uint8)})},
     "sharded": _sharded(),
+    "microscaled": _microscaled(),
     "mlx": _folder(makers.mlx(shape=(2, 64), group=32)),
     "awq": _folder(makers.awq(out=8, in_features=64, group=32)),
     "gptq": _folder(makers.gptq(out=32, in_features=64, group=32)),
