@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final
 import numpy as np
 
 import quantcore
-from quantcore.dtypes import REAL_FLOATING, numpy_dtype
+from quantcore.dtypes import LOGICAL_DTYPES, REAL_FLOATING, numpy_dtype
 
 try:
     import rich.box
@@ -86,9 +86,11 @@ def _explained(
     if op == "quantize":
         w = quantcore.to_library(_blank(lengths, kind), library)
         return quantcore.explain(op, w, scheme=chosen, backend=backend)
-    scales = _blank(chosen.scales_shape(lengths), kind)
     packed = _blank(chosen.packed_shape(lengths), np.dtype(np.uint32))
-    qw = quantcore.quantized_tensor(packed, scales, scales, lengths, chosen).to(library)
+    scales = _blank(chosen.scales_shape(lengths), kind if chosen.has_biases else np.dtype(np.uint8))
+    biases = scales if chosen.has_biases else None
+    logical = dtype if dtype in LOGICAL_DTYPES else None
+    qw = quantcore.quantized_tensor(packed, scales, biases, lengths, chosen, dtype=logical).to(library)
     qw = qw.mT if transposed else qw
     if op in ("dequantize", "take", "prepack"):
         return quantcore.explain(op, qw, backend=backend)

@@ -9,9 +9,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import quantcore as qc
 from quantcore import QuantizedTensor, Scheme
+from quantcore.cli import app
 
 MODES = ("mxfp4", "mxfp8", "nvfp4")
 RNG = np.random.default_rng(0)
@@ -130,6 +132,35 @@ def test_layers_of_torch() -> None:
     assert half(x.half()).dtype == torch.float16
     compiled = torch.compile(other, fullgraph=True)
     torch.testing.assert_close(compiled(x), expected)
+
+
+def test_a_layer_without_values_yet_takes_a_state() -> None:
+    import torch
+
+    import quantcore.torch as qt
+
+    layer = qt.QuantizedLinear(64, 8, scheme="mxfp4")
+    assert (layer.weight.scheme, layer.weight.dtype, layer.weight.biases) == (Scheme("mxfp4"), torch.float32, None)
+    dense = torch.nn.Linear(64, 8)
+    model = torch.nn.Sequential(dense)
+    qt.quantize_module(model, "mxfp4")
+    layer.load_state_dict(model[0].state_dict())
+    assert torch.equal(layer.weight.dequantize(), model[0].weight.dequantize())
+
+
+def test_jax_has_no_compiled_kernels_to_load() -> None:
+    import quantcore.jax as qj
+
+    with pytest.raises(ValueError, match="mxfp4 has no compiled kernels in JAX"):
+        qj.load("mxfp4")
+
+
+@pytest.mark.parametrize("op", ["quantize", "dequantize", "dot", "take"])
+@pytest.mark.parametrize("library", ["numpy", "mlx", "torch"])
+def test_explained_on_the_command_line(op: str, library: str) -> None:
+    told = CliRunner().invoke(app, ["explain", op, "--library", library, "--scheme", "nvfp4"])
+    assert told.exit_code == 0, told.output
+    assert "computes it" in told.output
 
 
 @pytest.mark.parametrize(

@@ -66,11 +66,16 @@ def load(scheme: Scheme | str, dtype: Any = "float32") -> None:
     ------
     RuntimeError
         If the compiled kernels can't be used here.
+    ValueError
+        If the scheme has none.
     """
     reason = targets.unusable()
     if reason:
         raise RuntimeError(f"load: {reason}")
-    scheme, kind = Scheme.parse(scheme), targets.KINDS[jnp.dtype(dtype).name]
+    scheme = Scheme.parse(scheme)
+    if not scheme.has_biases:
+        raise ValueError(f"load: {scheme} has no compiled kernels in JAX; it is computed in array-API code")
+    kind = targets.KINDS[jnp.dtype(dtype).name]
     for operation in targets.OPERATIONS:
         targets.load(operation, scheme.bits, kind)
     if integer.serves(scheme):

@@ -275,5 +275,9 @@ def _held(weight: QuantizedTensor | QuantizedWeight) -> QuantizedWeight:
 def _zeros(shape: tuple[int, int], scheme: Scheme | str, device: Any, dtype: torch.dtype | None) -> QuantizedTensor:
     chosen = Scheme.parse(scheme)
     packed = torch.zeros(chosen.packed_shape(shape), dtype=torch.uint32, device=device)
-    scales = torch.zeros(chosen.scales_shape(shape), dtype=dtype, device=device)
-    return quantcore.quantized_tensor(packed, scales, scales.clone(), shape, chosen)
+    if chosen.has_biases:
+        scales = torch.zeros(chosen.scales_shape(shape), dtype=dtype, device=device)
+        return quantcore.quantized_tensor(packed, scales, scales.clone(), shape, chosen)
+    scales = torch.zeros(chosen.scales_shape(shape), dtype=torch.uint8, device=device)
+    logical = torch.get_default_dtype() if dtype is None else dtype
+    return quantcore.quantized_tensor(packed, scales, None, shape, chosen, dtype=logical)
