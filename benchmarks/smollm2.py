@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from common import interleaved, machine, print_table, repeated, save, settle, shown, spread
 
 import quantcore
+from quantcore_examples import llama
 from quantcore_examples.fetch import SMOLLM2, fetch_model
 from quantcore_examples.generate import perplexity
 from quantcore_examples.language_model import LanguageModel
@@ -132,6 +134,43 @@ def memory(file: Path) -> dict[str, float]:
     return {"peak": round(peak, 1), "weights": round(packed, 1), "cache": round(cache, 1)}
 
 
+PARTS = ("dot", "rms_norm", "weighted", "silu")
+"""Functions of the decoder that are timed, each with what it calls."""
+
+
+def profile(model: LanguageModel, ids: list[int], repeats: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of a token, and of a prompt, in parts of the decoder on NumPy arrays; the timers take some too."""
+    own = {part: getattr(llama, part) for part in PARTS}
+    spent: dict[str, float] = {}
+
+    def timed(part: str) -> Call:
+        def run(*args: Any) -> Any:
+            start = time.perf_counter()
+            result = own[part](*args)
+            spent[part] = spent.get(part, 0.0) + time.perf_counter() - start
+            return result
+
+        return run
+
+    def split(call: Call, count: int) -> dict[str, float]:
+        runs = []
+        for _ in range(repeats + 1):
+            spent.clear()
+            start = time.perf_counter()
+            call()
+            runs.append({"all": time.perf_counter() - start, **spent})
+        return {part: round(1e3 / count * float(np.median([run[part] for run in runs[1:]])), 2) for part in runs[-1]}
+
+    calls = decode(model, ids, "default"), prefill(model, ids, "default")
+    try:
+        for part in PARTS:
+            setattr(llama, part, timed(part))
+        return {"token": split(calls[0], DECODE), "prompt": split(calls[1], 1)}
+    finally:
+        for part, function in own.items():
+            setattr(llama, part, function)
+
+
 def perplexities(file: Path, text: Path) -> dict[str, float]:
     """Perplexity of the packed model at each precision, and of the dense one, on the text's first windows."""
     model = LanguageModel.load(file)
@@ -155,6 +194,10 @@ def main() -> None:
     results: dict[str, Any] = {"tokens_per_second": measured(file, options.repeats, options.libraries)}
     rows = [[name, shown(way["prefill"]), shown(way["decode"])] for name, way in results["tokens_per_second"].items()]
     print_table(f"tokens per second, prompt of {PREFILL}, {DECODE} written", ["", "prefill", "decode"], rows)
+    model = LanguageModel.load(file)
+    results["profile_ms"] = profile(model, model.tokenizer.encode(PROMPT * 20)[:PREFILL], options.repeats)
+    rows = [[of, part, f"{ms:.2f}"] for of, parts in results["profile_ms"].items() for part, ms in parts.items()]
+    print_table("ms of a token and of a prompt, in parts, numpy", ["", "", "ms"], rows)
     if sys.platform == "linux":
         results["memory_mib"] = memory(file)
         print_table("peak memory in MiB", ["", "MiB"], [[k, f"{v:.1f}"] for k, v in results["memory_mib"].items()])

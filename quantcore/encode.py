@@ -247,12 +247,11 @@ def _check_finite(values: Any, what: str, scheme: Scheme, xp: Any, flip: bool) -
         return
     finite = xp.isfinite(values)
     first = int(xp.argmin(xp.astype(xp.reshape(finite, (-1,)), native_dtype("uint8", values))))
-    position = [int(i) for i in np.unravel_index(first, tuple(values.shape))]
-    value = float(values[tuple(position)])
+    position, value = _found(values, first)
     if what == "the weight":
-        _raise_weight(position[:-2] + position[:-3:-1] if flip else position, value, scheme)
+        _raise_weight(_as_given(position, flip), value, scheme)
     raise ValueError(
-        f"quantize: {what} of row {tuple(position[:-1])}, group {position[-1]} is {value} in "
+        f"quantize: {what} of row {position[:-1]}, group {position[-1]} is {value} in "
         f"{dtype_name(values.dtype)} ({scheme}): the group spans more than that dtype can hold; cast the weight to "
         "float32 or scale it down"
     )
@@ -265,18 +264,27 @@ def _check_nvfp4_range(w: Any, xp: Any, flip: bool) -> None:
     magnitude = xp.astype(xp.abs(w), native_dtype("float32", w))
     if float(xp.max(magnitude)) <= _NVFP4_LARGEST:
         return
-    first = int(xp.argmax(xp.reshape(magnitude, (-1,))))
-    position = [int(i) for i in np.unravel_index(first, tuple(w.shape))]
-    place = position[:-2] + position[:-3:-1] if flip else position
+    position, value = _found(w, int(xp.argmax(xp.reshape(magnitude, (-1,)))))
     raise ValueError(
-        f"quantize: the weight is {float(w[tuple(position)])} at {tuple(place)}; nvfp4 reaches {_NVFP4_LARGEST}: scale "
+        f"quantize: the weight is {value} at {_as_given(position, flip)}; nvfp4 reaches {_NVFP4_LARGEST}: scale "
         "the weight down, or use mxfp4, whose scales have float32's range"
     )
 
 
-def _raise_weight(position: list[int], value: float, scheme: Scheme) -> NoReturn:
+def _found(values: Any, flat: int) -> tuple[tuple[int, ...], float]:
+    """Position and value of an element, counted row by row."""
+    position = tuple(int(i) for i in np.unravel_index(flat, tuple(values.shape)))
+    return position, float(values[position])
+
+
+def _as_given(position: tuple[int, ...], flip: bool) -> tuple[int, ...]:
+    """The position in the weight that the user gave, whose last two axes may have been swapped."""
+    return (*position[:-2], *position[:-3:-1]) if flip else position
+
+
+def _raise_weight(position: tuple[int, ...], value: float, scheme: Scheme) -> NoReturn:
     raise ValueError(
-        f"quantize: the weight is {value} at {tuple(position)} ({scheme}); pass nonfinite='clip' to replace NaN by 0 "
+        f"quantize: the weight is {value} at {position} ({scheme}); pass nonfinite='clip' to replace NaN by 0 "
         "and ±inf by the group's largest finite magnitude"
     )
 

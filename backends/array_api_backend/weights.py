@@ -110,12 +110,12 @@ def decode_block(leaves: Leaves, scheme: Scheme, start: int, stop: int, dtype: A
     words = packed[..., start * scheme.bits // 32 : -(-stop * scheme.bits // 32)]
     codes = unpack(words, scheme.bits, stop - start)
     if scheme.has_biases:
-        scales, biases = (spread(leaf, scheme, start, stop) for leaf in rest)
+        scales, biases = (_spread(leaf, scheme, start, stop) for leaf in rest)
         return affine.decode_codes(codes, scales, biases, dtype)
-    return microscaled.decode_codes(codes, spread(rest[0], scheme, start, stop), scheme.mode, dtype)
+    return microscaled.decode_codes(codes, _spread(rest[0], scheme, start, stop), scheme.mode, dtype)
 
 
-def spread(of_groups: Array, scheme: Scheme, start: int, stop: int) -> Array:
+def _spread(of_groups: Array, scheme: Scheme, start: int, stop: int) -> Array:
     """One scale or bias per column from `start` to `stop`; where the whole row is one group, one for all."""
     if scheme.group_size is None:
         return of_groups

@@ -12,7 +12,7 @@ import numpy as np
 from quantcore import Scheme
 from quantcore_backends.cpu_kernels.threads import over_rows
 
-__all__ = ["FEW_ROWS", "available", "decode_block", "few_rows", "rows_in_memory"]
+__all__ = ["FEW_ROWS", "FLUSH", "available", "decode_block", "few_rows", "rows_in_memory"]
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -22,7 +22,7 @@ FEW_ROWS: Final = 12
 _KINDS: Final = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
 _ROW_SPAN: Final = 256
 """Columns of a partial sum where the whole row is one group."""
-_FLUSH: Final = 4096
+FLUSH: Final = 4096
 """Columns after which partial sums go into float64."""
 _OVERREAD: Final = 16
 """Bytes that a vector of 3-, 5- or 6-bit codes may read beyond them."""
@@ -91,7 +91,7 @@ def few_rows(x: Array, packed: Array, scales: Array, biases: Array, scheme: Sche
     sums = np.empty((rows, -(-columns // operands.span)), np.float64)
     module.span_sums(x, rows, columns, operands.span, sums)
     kernel = (module.four_by_one if rows == 1 else module.one_by_four)(scheme.bits, operands.kind)
-    flush = max(1, _FLUSH // operands.span)
+    flush = max(1, FLUSH // operands.span)
     address = x.ctypes.data
 
     def run(part: _Operands, out: Array, first: int, last: int) -> None:

@@ -1,21 +1,18 @@
 """The compiled kernels of the microscaled modes on NumPy arrays: addresses, strides and threads."""
 
 from functools import cache
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from quantcore import Scheme
 from quantcore_backends.cpu_kernels import microscaled
-from quantcore_backends.cpu_kernels.compiled import rows_in_memory
+from quantcore_backends.cpu_kernels.compiled import FLUSH, rows_in_memory
 from quantcore_backends.cpu_kernels.threads import over_rows
 
 __all__ = ["decode_block", "few_rows"]
 
 Array: TypeAlias = np.ndarray[Any, Any]
-
-_FLUSH: Final = 4096
-"""Columns after which partial sums go into float64."""
 
 
 def decode_block(packed: Array, scales: Array, scheme: Scheme, start: int, stop: int) -> Array:
@@ -70,7 +67,7 @@ def few_rows(x: Array, packed: Array, scales: Array, scheme: Scheme) -> Array:
     table, values = _tables(scheme)
     kernel = (_kernels().four_by_one if rows == 1 else _kernels().one_by_four)(scheme.bits)
     operands = x.ctypes.data, packed.ctypes.data, scales.ctypes.data, table, values
-    shape = columns, group, _FLUSH // group, packed.strides[0], scales.strides[0]
+    shape = columns, group, FLUSH // group, packed.strides[0], scales.strides[0]
 
     def run(first: int, last: int) -> None:
         kernel(*operands, out[first:last], first, last, *shape)

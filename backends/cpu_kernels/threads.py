@@ -101,7 +101,7 @@ class NativePool:
                 self._memory[pool.CPUS + cpu // 8] |= 1 << cpu % 8
         apart = threads == len(cpus) <= _FEW_CPUS
         pool.prepare(self.address)
-        looks = self._looks(_AWAKE)
+        looks = self._looks(_AWAKE) if self.threads > 1 else 0
         self._threads = [
             threading.Thread(target=self._work, args=(number, apart, looks), name=f"quantcore-{number}", daemon=True)
             for number in range(1, self.threads)

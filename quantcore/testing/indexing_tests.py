@@ -12,7 +12,7 @@ from quantcore.testing.bench import Bench
 from quantcore.testing.cases import DTYPES, FEW_SCHEMES, SCHEMES, Weight, activations, random_weight
 from quantcore.testing.encoding_tests import check_decoded
 
-__all__ = ["GatherDotTests", "TakeTests"]
+__all__ = ["GatherDotTests", "TakeTests", "check_gather_dot", "check_take"]
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -27,7 +27,7 @@ _INDICES = {
 }
 
 
-def _take(
+def check_take(
     bench: Bench,
     weight: Weight,
     indices: Array,
@@ -57,7 +57,7 @@ class TakeTests:
     def test_take(self, bench: Bench, scheme: Scheme, dtype: str) -> None:
         """Every scheme and dtype."""
         weight = random_weight(scheme, (13, 2 * (scheme.group_size or 80)), dtype)
-        _take(bench, weight, np.asarray([3, 12, 0, 3]))
+        check_take(bench, weight, np.asarray([3, 12, 0, 3]))
 
     @pytest.mark.parametrize("kind", ["int64", "int32", "uint32", "uint8"])
     @pytest.mark.parametrize("indices", _INDICES)
@@ -66,13 +66,13 @@ class TakeTests:
         values = np.asarray(_INDICES[indices])
         if values.size and values.min() < 0 and kind.startswith("u"):
             pytest.skip("unsigned indices aren't negative")
-        _take(bench, random_weight(Scheme(bits=4, group_size=32), (8, 64), "float32"), values.astype(kind))
+        check_take(bench, random_weight(Scheme(bits=4, group_size=32), (8, 64), "float32"), values.astype(kind))
 
     @pytest.mark.parametrize("given", [[2, -1], 3, [[1], [0]], []], ids=str)
     def test_take_python_indices(self, bench: Bench, given: Any) -> None:
         """Indices that are no array."""
         weight = random_weight(Scheme(bits=4, group_size=32), (8, 64), "float32")
-        _take(bench, weight, np.asarray(given, np.int64), given=given)
+        check_take(bench, weight, np.asarray(given, np.int64), given=given)
 
     @pytest.mark.parametrize("scheme", FEW_SCHEMES[:5], ids=str)
     @pytest.mark.parametrize(
@@ -93,14 +93,14 @@ class TakeTests:
         """Any ungrouped axis, of either orientation, with a short last group."""
         weight = random_weight(scheme, (*leading, 5, 2 * (scheme.group_size or 80) + 3), "float32")
         weight = weight.mT if transposed else weight
-        _take(bench, weight, np.asarray([1, 0, 1]), axis)
+        check_take(bench, weight, np.asarray([1, 0, 1]), axis)
 
     @pytest.mark.parametrize("out_dtype", [*DTYPES, "float64"])
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_take_out_dtype(self, bench: Bench, dtype: str, out_dtype: str) -> None:
         """`out_dtype` overrides the weight's."""
         weight = random_weight(Scheme(bits=8, group_size=32), (8, 64), dtype)
-        _take(bench, weight, np.asarray([7, 1]), out_dtype=out_dtype)
+        check_take(bench, weight, np.asarray([7, 1]), out_dtype=out_dtype)
 
     @pytest.mark.parametrize("index", [8, -9, 1 << 30])
     def test_take_out_of_range(self, bench: Bench, index: int) -> None:
@@ -116,7 +116,7 @@ class TakeTests:
         check_decoded(bench, rows[::2], weight, "float32", "take beside an index out of range", lambda w: w[1:3])
 
 
-def _gather_dot(
+def check_gather_dot(
     bench: Bench,
     leading: tuple[int, ...],
     weight: Weight,
@@ -124,6 +124,7 @@ def _gather_dot(
     rhs: Array | None,
     precision: Any = None,
 ) -> None:
+    """gather_dot on the backend, judged against float64."""
     dtype = weight.dtype
     x = activations("gaussian", (*leading, weight.exact.shape[-1]), dtype)
     operand, qw = bench.array(x), bench.tensor(weight)
@@ -155,7 +156,7 @@ class GatherDotTests:
     def test_gather_dot(self, bench: Bench, scheme: Scheme, dtype: str) -> None:
         """Every scheme and dtype."""
         weight = random_weight(scheme, (3, 10, 2 * (scheme.group_size or 80)), dtype)
-        _gather_dot(bench, (4, 2), weight, np.asarray([3, 0, 1]), np.asarray([2, 2, 0]))
+        check_gather_dot(bench, (4, 2), weight, np.asarray([3, 0, 1]), np.asarray([2, 2, 0]))
 
     @pytest.mark.parametrize("transposed", [False, True], ids=["x@w.T", "x@w"])
     @pytest.mark.parametrize("scheme", FEW_SCHEMES[:5], ids=str)
@@ -190,13 +191,13 @@ class GatherDotTests:
         weight = random_weight(scheme, (*stack, 12, 2 * (scheme.group_size or 80)), "float32")
         weight = weight.mT if transposed else weight
         left, right = (None if which is None else np.asarray(which, np.int64) for which in (lhs, rhs))
-        _gather_dot(bench, x, weight, left, right)
+        check_gather_dot(bench, x, weight, left, right)
 
     @pytest.mark.parametrize("precision", oracle.BOUNDS)
     def test_gather_dot_precision(self, bench: Bench, precision: str) -> None:
         """4096 contracted elements."""
         weight = random_weight(Scheme(bits=4, group_size=64), (2, 10, 4096), "float32")
-        _gather_dot(bench, (3, 2), weight, np.asarray([2, 0]), np.asarray([1, 1]), precision)
+        check_gather_dot(bench, (3, 2), weight, np.asarray([2, 0]), np.asarray([1, 1]), precision)
 
     @pytest.mark.parametrize(("lhs", "rhs"), [([0, 4], [0, 0]), ([0, 0], [0, 3])], ids=["x", "weight"])
     def test_gather_dot_out_of_range(self, bench: Bench, lhs: list[int], rhs: list[int]) -> None:

@@ -12,14 +12,15 @@ import quantcore as qc
 from quantcore.scheme import Scheme
 from quantcore.testing import checks, oracle
 from quantcore.testing.bench import Bench
-from quantcore.testing.cases import ACTIVATIONS, DTYPES, MICROSCALED, SHAPES, Weight, activations, random_weight, rng
+from quantcore.testing.cases import ACTIVATIONS, DTYPES, MICROSCALED, SHAPES, activations, random_weight, rng
+from quantcore.testing.indexing_tests import check_gather_dot, check_take
+from quantcore.testing.product_tests import both_ways, check_dot
 
 __all__ = ["MicroscaledTests"]
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
 schemes = pytest.mark.parametrize("scheme", MICROSCALED, ids=str)
-both_ways = pytest.mark.parametrize("transposed", [False, True], ids=["x@w.T", "x@w"])
 
 _SHAPES = ("1-D x", "many rows", "no row of x", "odd outputs", "ragged", "one element", "stacks that broadcast")
 
@@ -76,25 +77,6 @@ def _quantize(bench: Bench, w: Array, scheme: Scheme, **options: Any) -> None:
     decoded = oracle.exact_weight(packed, scales, None, scheme, stored.shape[-1])
     size = np.abs(stored.astype(np.float64)).max(axis=-1, keepdims=True)
     assert (np.abs(decoded - stored.astype(np.float64)) <= size / 4).all(), f"{scheme} is off by more than a step"
-
-
-def _dot(
-    bench: Bench, x: Array, weight: Weight, precision: Any = None, out_dtype: str | None = None, what: str = "dot"
-) -> None:
-    operand, qw = bench.array(x), bench.tensor(weight)
-    dtype = out_dtype or oracle.product_dtype(x.dtype.name, weight.dtype)
-    bench.require_dtype(dtype)
-    result = bench.run(
-        "dot",
-        lambda backend: qc.dot(operand, qw, precision=precision, out_dtype=out_dtype, backend=backend),
-        operand,
-        qw,
-        dtype=dtype,
-        precision=precision,
-    )
-    half = next((name for name in (x.dtype.name, weight.dtype) if name in checks.HALF_ROUNDOFF), None)
-    y = oracle.product(x, weight.exact)
-    bench.check_product(result, y, x, weight.exact, dtype, precision or "default", half, what)
 
 
 class MicroscaledTests:
@@ -165,7 +147,7 @@ class MicroscaledTests:
         weight = random_weight(scheme, (36, 3 * (scheme.group_size or 0)), dtype)
         weight = weight.mT if transposed else weight
         for rows in (1, 3, 17):
-            _dot(bench, activations("gaussian", (rows, weight.exact.shape[-1]), dtype), weight)
+            check_dot(bench, activations("gaussian", (rows, weight.exact.shape[-1]), dtype), weight)
 
     @schemes
     @both_ways
@@ -175,7 +157,7 @@ class MicroscaledTests:
         bench.require_mode(scheme.mode)
         x_shape, w_shape = SHAPES[shape].of(scheme, transposed)
         weight = random_weight(scheme, w_shape, "float32")
-        _dot(bench, activations("gaussian", x_shape, "float32"), weight.mT if transposed else weight, what=shape)
+        check_dot(bench, activations("gaussian", x_shape, "float32"), weight.mT if transposed else weight, what=shape)
 
     @schemes
     @pytest.mark.parametrize("kind", ACTIVATIONS)
@@ -189,7 +171,7 @@ class MicroscaledTests:
             if columns > 512 and bench.refusal("dot", operand, qw, precision=precision):
                 return
             for count in rows:
-                _dot(bench, activations(kind, (count, columns), "float32"), weight, precision, what=kind)
+                check_dot(bench, activations(kind, (count, columns), "float32"), weight, precision=precision, what=kind)
 
     @schemes
     @both_ways
@@ -203,7 +185,7 @@ class MicroscaledTests:
         weight = weight.mT if transposed else weight
         for out_dtype in (None, "float32", "bfloat16"):
             x = activations("gaussian", (3, weight.exact.shape[-1]), x_dtype)
-            _dot(bench, x, weight, out_dtype=out_dtype)
+            check_dot(bench, x, weight, out_dtype=out_dtype)
 
     @schemes
     @both_ways
@@ -219,17 +201,14 @@ class MicroscaledTests:
         for rows in (1, 6):
             x = activations("gaussian", (rows, weight.exact.shape[-1]), "float32")
             x[-1, 5] = value
-            _dot(bench, x, weight, what=f"x with {value}")
+            check_dot(bench, x, weight, what=f"x with {value}")
 
     @schemes
     def test_microscaled_take(self, bench: Bench, scheme: Scheme) -> None:
         """Rows of the dense weight, bit for bit."""
         bench.require_mode(scheme.mode)
         weight = random_weight(scheme, (13, 2 * (scheme.group_size or 0)), "float32")
-        qw, where = bench.tensor(weight), np.asarray([[3, 12], [0, -1]])
-        indices = bench.array(where)
-        rows = bench.run("take", lambda backend: qc.take(qw, indices, backend=backend), qw, dtype="float32")
-        checks.check_same_bits(bench.numpy(rows), oracle.take(weight.dense(), where, 0), "take")
+        check_take(bench, weight, np.asarray([[3, 12], [0, -1]]))
 
     @schemes
     @both_ways
@@ -238,18 +217,7 @@ class MicroscaledTests:
         bench.require_mode(scheme.mode)
         weight = random_weight(scheme, (3, 10, 2 * (scheme.group_size or 0)), "float32")
         weight = weight.mT if transposed else weight
-        x = activations("gaussian", (4, 2, weight.exact.shape[-1]), "float32")
-        lhs, rhs = np.asarray([3, 0, 1]), np.asarray([2, 2, 0])
-        operand, qw, left, right = bench.array(x), bench.tensor(weight), bench.array(lhs), bench.array(rhs)
-        result = bench.run(
-            "gather_dot",
-            lambda backend: qc.gather_dot(operand, qw, left, right, backend=backend),
-            operand,
-            qw,
-            dtype="float32",
-        )
-        y = oracle.gather_product(x, weight.exact, lhs, rhs)
-        bench.check_product(result, y, x[lhs], weight.exact[rhs], "float32", what="gather_dot")
+        check_gather_dot(bench, (4, 2), weight, np.asarray([3, 0, 1]), np.asarray([2, 2, 0]))
 
     @schemes
     def test_microscaled_tensors_keep_every_bit(self, bench: Bench, scheme: Scheme) -> None:

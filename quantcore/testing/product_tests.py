@@ -25,7 +25,7 @@ from quantcore.testing.cases import (
 )
 from quantcore.testing.forms import FORMS, in_form
 
-__all__ = ["ContractionTests", "DotTests"]
+__all__ = ["ContractionTests", "DotTests", "both_ways", "check_dot"]
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -42,7 +42,7 @@ _PRECISELY = tuple(
 """Every precision with every kind of activations; the schemes take turns."""
 
 
-def _dot(
+def check_dot(
     bench: Bench,
     x: Array,
     weight: Weight,
@@ -70,7 +70,7 @@ def _dot(
     y = oracle.product(x, weight.exact)
     bench.check_product(result, y, x, weight.exact, dtype, precision or "default", half, what)
     if dtype in checks.HALF_ROUNDOFF and out_dtype is None:
-        _dot(bench, x, weight, precision=precision, out_dtype="float32", form=form, tensor=tensor, what=what)
+        check_dot(bench, x, weight, precision=precision, out_dtype="float32", form=form, tensor=tensor, what=what)
 
 
 class DotTests:
@@ -84,7 +84,7 @@ class DotTests:
         weight = random_weight(scheme, (36, 2 * (scheme.group_size or 80)), dtype)
         weight = weight.mT if transposed else weight
         for rows in (1, 3, 17):
-            _dot(bench, activations("gaussian", (rows, weight.exact.shape[-1]), dtype), weight)
+            check_dot(bench, activations("gaussian", (rows, weight.exact.shape[-1]), dtype), weight)
 
     @both_ways
     @pytest.mark.parametrize(("scheme", "x_dtype", "w_dtype"), PAIRS, ids=str)
@@ -95,7 +95,7 @@ class DotTests:
         weight = random_weight(scheme, (20, 2 * (scheme.group_size or 80)), w_dtype)
         weight = weight.mT if transposed else weight
         for rows in (1, 5):
-            _dot(bench, activations("gaussian", (rows, weight.exact.shape[-1]), x_dtype), weight)
+            check_dot(bench, activations("gaussian", (rows, weight.exact.shape[-1]), x_dtype), weight)
 
     @both_ways
     @pytest.mark.parametrize("scheme", FEW_SCHEMES[:6], ids=str)
@@ -105,7 +105,7 @@ class DotTests:
         x_shape, w_shape = SHAPES[shape].of(scheme, transposed)
         weight = random_weight(scheme, w_shape, "float32")
         weight = weight.mT if transposed else weight
-        _dot(bench, activations("gaussian", x_shape, "float32"), weight, what=shape)
+        check_dot(bench, activations("gaussian", x_shape, "float32"), weight, what=shape)
 
     @both_ways
     @pytest.mark.parametrize("scheme", FEW_SCHEMES[:6], ids=str)
@@ -115,7 +115,7 @@ class DotTests:
         weight = random_weight(scheme, (side, side), "float32")
         weight = weight.mT if transposed else weight
         for rows in (1, side):
-            _dot(bench, activations("gaussian", (rows, side), "float32"), weight)
+            check_dot(bench, activations("gaussian", (rows, side), "float32"), weight)
 
     @both_ways
     @pytest.mark.parametrize(("precision", "kind", "scheme"), _PRECISELY, ids=str)
@@ -125,7 +125,7 @@ class DotTests:
         weight = random_weight(scheme, (4096, grouped) if transposed else (40, 4096), "float32")
         weight = weight.mT if transposed else weight
         for rows in (1, 3, 17):
-            _dot(bench, activations(kind, (rows, 4096), "float32"), weight, precision=precision, what=kind)
+            check_dot(bench, activations(kind, (rows, 4096), "float32"), weight, precision=precision, what=kind)
 
     @both_ways
     @pytest.mark.parametrize("scheme", _PRECISE[:3], ids=str)
@@ -138,7 +138,7 @@ class DotTests:
         weight = random_weight(scheme, (512, 128) if transposed else (40, 512), "float32")
         weight = weight.mT if transposed else weight
         for rows in (1, 3, 17):
-            _dot(bench, activations(kind, (rows, 512), "float32"), weight, precision=precision, what=kind)
+            check_dot(bench, activations(kind, (rows, 512), "float32"), weight, precision=precision, what=kind)
 
     @both_ways
     @pytest.mark.parametrize("kind", ACTIVATIONS)
@@ -149,7 +149,7 @@ class DotTests:
         weight = random_weight(Scheme(bits=4, group_size=64), (4096, 64) if transposed else (40, 4096), dtype)
         weight = weight.mT if transposed else weight
         for rows in (1, 3, 17):
-            _dot(bench, activations(kind, (rows, 4096), dtype), weight, what=kind)
+            check_dot(bench, activations(kind, (rows, 4096), dtype), weight, what=kind)
 
     @both_ways
     @pytest.mark.parametrize("rows", [1, 3, 17])
@@ -158,7 +158,7 @@ class DotTests:
         scheme = Scheme(bits=4, group_size=32)
         weight = random_weight(scheme, (10_007, 32) if transposed else (9, 10_007), "float32")
         weight = weight.mT if transposed else weight
-        _dot(bench, activations("gaussian", (rows, 10_007), "float32"), weight)
+        check_dot(bench, activations("gaussian", (rows, 10_007), "float32"), weight)
 
     @both_ways
     @pytest.mark.parametrize("x_dtype", ["float32", "float16", "float64"])
@@ -167,7 +167,7 @@ class DotTests:
         """`out_dtype` overrides the table."""
         weight = random_weight(Scheme(bits=4, group_size=64), (64, 128), "float32")
         weight = weight.mT if transposed else weight
-        _dot(bench, activations("gaussian", (3, weight.exact.shape[-1]), x_dtype), weight, out_dtype=out_dtype)
+        check_dot(bench, activations("gaussian", (3, weight.exact.shape[-1]), x_dtype), weight, out_dtype=out_dtype)
 
     @both_ways
     @pytest.mark.parametrize("rows", [1, 7])
@@ -194,7 +194,7 @@ class DotTests:
             for rows in (1, 3, 6):
                 x = activations("gaussian", (rows, weight.exact.shape[-1]), dtype)
                 x[-1, 5 : 5 + 9 * len(values) : 9] = values
-                _dot(bench, x, weight, what=f"x with {values}")
+                check_dot(bench, x, weight, what=f"x with {values}")
 
     @both_ways
     @pytest.mark.parametrize("scheme", FEW_SCHEMES[:4], ids=str)
@@ -207,7 +207,7 @@ class DotTests:
             x = np.zeros((rows, weight.exact.shape[-1]), np.float32)
             x[:, 7] = 3e38
             x[-1, 7] = -1e37
-            _dot(bench, x, weight, what="x of 3e38")
+            check_dot(bench, x, weight, what="x of 3e38")
 
     @both_ways
     @pytest.mark.parametrize("operand", ["x", "packed", "scales", "biases"])
@@ -224,7 +224,7 @@ class DotTests:
             for rows in (1, 6):
                 x = activations("gaussian", (rows, used.exact.shape[-1]), "float32")
                 given = in_form(bench, form, x) if operand == "x" else None
-                _dot(bench, x, used, form=given, tensor=bench.annotated(used, **parts), what=f"{operand} {form}")
+                check_dot(bench, x, used, form=given, tensor=bench.annotated(used, **parts), what=f"{operand} {form}")
 
     @both_ways
     def test_dot_leaves_its_operands_alone(self, bench: Bench, transposed: bool) -> None:
