@@ -1,4 +1,4 @@
-"""Rows of x as integers of 16 or 8 bits, a scale for each run of at most 64, in the order of the dots.
+"""Rows of x as integers of 24, 16 or 8 bits, a scale for each run of at most 64, in the order of the dots.
 
 The error that this makes is measured as it is made, so that rows which integers don't serve (an element far larger than
 the others of its run, values that aren't finite) are refused, and computed in floats.
@@ -10,14 +10,24 @@ from typing import Any, Final
 import numpy as np
 
 from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
-from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, STAMP, floats_at, integers_at, job_at
+from quantcore_backends.cpu_kernels.job import (
+    COMPILED,
+    KERNEL,
+    STAMP,
+    eight_bits_at,
+    floats_at,
+    integers_at,
+    job_at,
+    sixteen_bits_at,
+)
 from quantcore_backends.cpu_kernels.simd_int import Form, chunk_codes, form, lane_codes
 from quantcore_backends.cpu_kernels.vectors import LANES
 
-__all__ = ["block_height", "rounder", "run_length", "step_codes"]
+__all__ = ["block_height", "block_rounder", "row_rounder", "run_length", "step_codes"]
 
 _RUN: Final = 64
 _TINY: Final = np.float32(1e-30)
+_FAST: Final = {"reassoc", "nsz", "contract"}
 
 
 def run_length(group: int | None) -> int:
@@ -30,24 +40,57 @@ def step_codes(bits: int, run: int) -> int:
     return max(chunk_codes(bits), run)
 
 
-@njit(**COMPILED, fastmath={"reassoc", "nsz", "contract"})
+def _top(bits: int, run: int, width: int) -> np.float32:
+    """The largest integer: that of its layers, and not more than a lane's sum of products can hold.
+
+    Of 24 bits it stays away from the end, since a float32 of that size is rounded by as much as 1.
+    """
+    most = {Form(1, 2): 32767, Form(1, 4): 127, Form(2, 4): 127 * 256 + 127, Form(3, 4): (127 * 256 + 126) * 256}
+    summed = step_codes(bits, run) // LANES * ((1 << bits) - 1)
+    return np.float32(min(most[form(bits, width)], (1 << 31) // summed * 0.999 if width == 24 else 32767))
+
+
+@njit(forceinline=True, **COMPILED, fastmath=_FAST)
 def rounded(x, run, top, integers):
-    """Round a run of x to integers up to `top`: scale, sum, squared error, squared length, largest magnitude."""
-    largest = np.float32(0)
+    """Round a run of x to integers up to `top`: scale, sum, squared error, squared length, largest magnitude.
+
+    The largest is found among the magnitudes' bits, as integers: NaN is larger than all else then.
+    """
+    bits, most = x.view(np.int32), np.int32(0)
     for k in range(run):
-        largest = max(largest, abs(x[k]))
+        most = max(most, np.int32(bits[k] & 0x7FFFFFFF))
+    integers[0] = most
+    largest = integers.view(np.float32)[0]
     serves = largest >= _TINY
     inverse = top / largest if serves else np.float32(0)
     scale = largest / top if serves else np.float32(0)
-    count, error, square = np.int64(0), np.float32(0), np.float32(0)
+    count, error, square = np.int32(0), np.float32(0), np.float32(0)
     for k in range(run):
         integer = np.rint(x[k] * inverse)
         off = x[k] - integer * scale
         error += off * off
         square += x[k] * x[k]
         integers[k] = np.int32(integer)
-        count += np.int64(integer)
+        count = np.int32(count + integers[k])
     return scale, count, error, square, largest
+
+
+@njit(forceinline=True, **COMPILED)
+def refused(error, square, largest, bound):
+    """Whether integers lose too much of a row of x, or it isn't finite."""
+    return (largest > 0 and not (error <= bound * square and 1e-25 < square < 1e30)) or square != square
+
+
+@njit(forceinline=True, **COMPILED)
+def place(integers, first, count, planes, shift, to, at, apart):
+    """Put a byte of each integer (or all 16 bits) where those of its plane follow one another.
+
+    Integer i goes to plane ``i % planes``; planes lie `apart`. Bytes below count from -128, hence the rounding.
+    """
+    half = 0x8080 >> (16 - shift)
+    for plane in range(planes):
+        for k in range(count // planes):
+            to[at + plane * apart + k] = np.int32(integers[first + k * planes + plane] + half) >> shift
 
 
 @njit(**COMPILED)
@@ -57,19 +100,84 @@ def block_height(left, height):
 
 
 @cache
-def rounder(bits: int, run: int, width: int, height: int) -> Any:
-    """Kernel that makes rows of x integers of `width` bits, with a scale for each `run`.
+def row_rounder(bits: int, run: int, width: int) -> Any:
+    """Kernel that makes rows of x integers of `width` bits for the kernels of few rows.
 
-    With height 0 they are for the kernels of few rows: in the order of :func:`simd_int.dot`, the scales spread over
-    lanes as the sums will be. Else they are for blocks of `height` rows: run by run, the words of each row after
-    another, beside them the rows' scales, and those times the sums of the integers.
+    They lie in the order of :func:`simd_int.dot`, the scale of each `run` spread over lanes as the sums will be. Beside
+    them the sums of x of each group of the weight; with 24 bits, before these the sums of the integers of each lane.
     """
-    each, step = lane_codes(bits), step_codes(bits, run)
-    layers, parts = form(bits, width)
-    planes, words, lanes, run_bytes = each // parts, run // each, run * LANES // step, run * width // 8
-    most = {Form(1, 2): 32767, Form(1, 4): 127, Form(2, 4): 127 * 256 + 127}[Form(layers, parts)]
-    top = np.float32(most)
-    shift, mask = np.int32(32 // parts), np.int32((1 << 32 // parts) - 1)
+    step, (layers, parts), top = step_codes(bits, run), form(bits, width), _top(bits, run, width)
+    chunk, planes, lanes = chunk_codes(bits), lane_codes(bits) // parts, run * LANES // step
+    plane, of_lane = chunk // planes, run // lanes
+
+    stamp = STAMP
+
+    @cfunc(KERNEL, cache=True, **COMPILED)
+    def kernel(address, thread, first, last):
+        job = job_at(address if stamp else 0)
+        columns, bound = job.in_features, np.float32(job.bound * 1e-18)
+        runs = (columns + step - 1) // step * (step // run)
+        padded, integers = np.zeros(run, np.float32), np.empty(run, np.int32)
+        for m in range(first, last):
+            x = floats_at(job.x + m * job.x_row, columns)
+            codes = job.codes + m * job.codes_row
+            eight, sixteen = eight_bits_at(codes, job.codes_row), sixteen_bits_at(codes, job.codes_row // 2)
+            scales = floats_at(job.code_scales + m * job.code_scales_row, runs * lanes)
+            sums = floats_at(job.sums + m * job.sums_row + (runs * lanes * 4 if width == 24 else 0), job.groups)
+            lane_sums = integers_at(job.sums + m * job.sums_row, job.sums_row // 4)
+            if width == 24:
+                lane_sums[:] = 0
+            error, square, largest = np.float32(0), np.float32(0), np.float32(0)
+            total, group_of = 0.0, 0
+            for r in range(runs):
+                start = r * run
+                if start + run <= columns:
+                    scale, count, off, its, peak = rounded(x[start : start + run], run, top, integers)
+                else:
+                    for k in range(run):
+                        padded[k] = x[start + k] if start + k < columns else np.float32(0)
+                    scale, count, off, its, peak = rounded(padded, run, top, integers)
+                error += off
+                square += its
+                largest = max(largest, peak)
+                scales[r * lanes : (r + 1) * lanes] = scale
+                if width == 24:
+                    for lane in range(lanes):
+                        for k in range(of_lane):
+                            lane_sums[r * lanes + lane] += integers[lane * of_lane + k]
+                if start // job.group != group_of:
+                    if group_of < job.groups:
+                        sums[group_of] = total
+                    total, group_of = 0.0, start // job.group
+                total += np.float64(scale) * count
+                # Runs may be parts of a chunk, or several chunks.
+                for part in range(0, run, min(run, chunk)):
+                    within = (start + part) % chunk
+                    at = (start + part - within) * layers + within // planes
+                    for layer in range(layers):
+                        shift, here = 8 * (layers - 1 - layer), at + layer * chunk
+                        if parts == 4:
+                            place(integers, part, min(run, chunk), planes, shift, eight, here, plane)
+                        else:
+                            place(integers, part, min(run, chunk), planes, 0, sixteen, here, plane)
+            if group_of < job.groups:
+                sums[group_of] = total
+            if refused(error, square, largest, bound):
+                job.refused = 1
+
+    return kernel
+
+
+@cache
+def block_rounder(bits: int, run: int, width: int, height: int) -> Any:
+    """Kernel that makes rows of x integers of `width` bits for blocks of `height` rows.
+
+    They lie run by run, the words of each row after another; beside them the rows' scales, and those times the sums of
+    the integers.
+    """
+    (layers, parts), top = form(bits, width), _top(bits, run, width)
+    each, run_bytes = lane_codes(bits), run * width // 8
+    planes = each // parts
 
     stamp = STAMP
 
@@ -78,62 +186,38 @@ def rounder(bits: int, run: int, width: int, height: int) -> Any:
         job = job_at(address if stamp else 0)
         columns, bound = job.in_features, np.float32(job.bound * 1e-18)
         runs = (columns + run - 1) // run
-        if not height:
-            runs = (columns + step - 1) // step * (step // run)
         padded, integers = np.zeros(run, np.float32), np.empty(run, np.int32)
         for m in range(first, last):
             x = floats_at(job.x + m * job.x_row, columns)
+            block = m // height * height
+            its_height = block_height(job.rows - block, height)
             error, square, largest = np.float32(0), np.float32(0), np.float32(0)
-            total, group_of = 0.0, 0
-            sums = floats_at(job.sums + m * job.sums_row, job.groups)
             for r in range(runs):
                 start = r * run
-                length = min(run, columns - start)
-                if length == run:
+                if start + run <= columns:
                     scale, count, off, its, peak = rounded(x[start : start + run], run, top, integers)
                 else:
                     for k in range(run):
-                        padded[k] = x[start + k] if k < length else np.float32(0)
+                        padded[k] = x[start + k] if start + k < columns else np.float32(0)
                     scale, count, off, its, peak = rounded(padded, run, top, integers)
                 error += off
                 square += its
                 largest = max(largest, peak)
-                its_height = block_height(job.rows - m // height * height, height) if height else 0
-                block = m // height * height if height else 0
                 at = block * runs + r * its_height
-                codes = integers_at(job.codes + m * job.codes_row, runs * layers * words * planes)
-                if height:
-                    codes = integers_at(job.codes + (at + m - block) * run_bytes, layers * words * planes)
-                    beside = floats_at(job.code_scales + at * 8, 2 * its_height)
-                    beside[m - block] = scale
-                    beside[its_height + m - block] = scale * count
-                else:
-                    scales = floats_at(job.code_scales + m * job.code_scales_row, runs * lanes)
-                    scales[r * lanes : (r + 1) * lanes] = scale
-                    if start // job.group != group_of:
-                        if group_of < job.groups:
-                            sums[group_of] = total
-                        total, group_of = 0.0, start // job.group
-                    total += np.float64(scale) * count
-                # The integers in words, one from each part of the weight's words.
+                beside = floats_at(job.code_scales + at * 8, 2 * its_height)
+                beside[m - block] = scale
+                beside[its_height + m - block] = scale * count
+                codes = job.codes + (at + m - block) * run_bytes
+                eight, sixteen = eight_bits_at(codes, run_bytes), sixteen_bits_at(codes, run_bytes // 2)
                 for layer in range(layers):
-                    for word in range(words):
-                        index = start // each + word
-                        chunk = (index // LANES * layers + layer) * planes
-                        for plane in range(planes):
-                            packed = np.int32(0)
-                            for part in range(parts):
-                                integer = integers[word * each + part * planes + plane]
-                                if layer < layers - 1:
-                                    integer = (integer + 128) >> 8  # the lower byte counts from -128
-                                packed |= (integer & mask) << (part * shift)
-                            if height:
-                                codes[(layer * words + word) * planes + plane] = packed
-                            else:
-                                codes[(chunk + plane) * LANES + index % LANES] = packed
-            if not height and group_of < job.groups:
-                sums[group_of] = total
-            if (largest > 0 and not (error <= bound * square and 1e-25 < square < 1e30)) or square != square:
+                    for word in range(0, run, each):
+                        if parts == 4:
+                            place(
+                                integers, word, each, planes, 8 * (layers - 1 - layer), eight, layer * run + word, parts
+                            )
+                        else:
+                            place(integers, word, each, planes, 0, sixteen, word, parts)
+            if refused(error, square, largest, bound):
                 job.refused = 1
 
     return kernel

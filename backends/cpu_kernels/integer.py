@@ -13,7 +13,18 @@ from quantcore_backends.cpu_kernels.compiled import rows_in_memory
 from quantcore_backends.cpu_kernels.layout import lines
 from quantcore_backends.cpu_kernels.threads import native_pool
 
-__all__ = ["FEW_ROWS", "THREADED", "RowKernels", "Weight", "has_byte_dot", "product", "row_kernels", "serves"]
+__all__ = [
+    "FEW_ROWS",
+    "THREADED",
+    "WIDE_ROWS",
+    "RowKernels",
+    "Weight",
+    "has_byte_dot",
+    "has_wide",
+    "product",
+    "row_kernels",
+    "serves",
+]
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -22,6 +33,8 @@ _FLOAT32: Final = np.dtype(np.float32)
 _UINT32: Final = np.dtype(np.uint32)
 FEW_ROWS: Final = 4
 """Rows of x up to which it doesn't pay to lay the weight in tiles."""
+WIDE_ROWS: Final = 32
+"""Rows of 24-bit integers, for which there are no tiles, up to which BLAS isn't faster."""
 THREADED: Final = 1 << 18
 """Multiplications worth a second thread."""
 _MOST: Final = 512
@@ -35,7 +48,16 @@ _ROUNDED_TOGETHER: Final = 16
 @cache
 def _compiled() -> SimpleNamespace:
     """The modules that import Numba, with what is needed of them."""
-    from quantcore_backends.cpu_kernels import activations, calls, job, kernels_int, kernels_tiles, simd_int, vectors
+    from quantcore_backends.cpu_kernels import (
+        activations,
+        calls,
+        job,
+        kernels_int,
+        kernels_int24,
+        kernels_tiles,
+        simd_int,
+        vectors,
+    )
 
     return SimpleNamespace(
         activations=activations,
@@ -43,6 +65,7 @@ def _compiled() -> SimpleNamespace:
         job=job,
         lanes=vectors.LANES,
         rows=kernels_int,
+        rows24=kernels_int24,
         simd=simd_int,
         tiles=kernels_tiles,
     )
@@ -63,6 +86,14 @@ def has_byte_dot(scheme: Scheme) -> bool:
     )
 
 
+@cache
+def has_wide(scheme: Scheme) -> bool:
+    """Whether 24-bit activations serve few rows: the target has a dot of bytes, and a row more than one scale."""
+    modules = _compiled()
+    wide = modules.simd.lane_codes(scheme.bits) >= 4 and modules.simd.byte_dot(scheme.bits)
+    return bool(wide) and scheme.group_size is not None
+
+
 class RowKernels(NamedTuple):
     """Kernels for few rows of x, with the codes that they take at a time."""
 
@@ -77,8 +108,11 @@ def row_kernels(scheme: Scheme, kind: int, width: int) -> RowKernels:
     run = modules.activations.run_length(scheme.group_size)
     step = modules.activations.step_codes(scheme.bits, run)
     in_step = max(1, step // (scheme.group_size or step))
-    kernel = modules.rows.four_rows(scheme.bits, kind, run, in_step, width)
-    return RowKernels(modules.activations.rounder(scheme.bits, run, width, 0), kernel, step)
+    if width == 24:
+        kernel = modules.rows24.four_rows(scheme.bits, run, in_step)
+    else:
+        kernel = modules.rows.four_rows(scheme.bits, kind, run, in_step, width)
+    return RowKernels(modules.activations.row_rounder(scheme.bits, run, width), kernel, step)
 
 
 class _Geometry(NamedTuple):
@@ -128,14 +162,14 @@ class _Plan:
         scheme, columns, outputs, words, groups, packed_row, scale_row, kind = geometry
         bits, group = scheme.bits, scheme.group_size
         run = modules.activations.run_length(group)
-        self.height = _block_height(rows)
+        self.height = 0 if width == 24 else _block_height(rows)
         self.threads = native_pool().threads if rows * columns * outputs >= THREADED else 1
         if self.height:
             tiles = modules.tiles
             held, runs = tiles.held_bits(bits), -(-columns // run)
             kernel, rounder = (
                 tiles.tiles(bits, run, width, self.height),
-                modules.activations.rounder(held, run, width, self.height),
+                modules.activations.block_rounder(held, run, width, self.height),
             )
             shift, tile_words = 0, tiles.tile_words(columns, bits, run)
             reads = tile_words * (32 // held) * bits // 8
@@ -148,7 +182,8 @@ class _Plan:
             shift, reads, codes, scales, sums = layout.of_few_rows(
                 columns, groups, bits, group or 0, step, modules.lanes, width
             )
-            tile_words, scratch, parts = 0, 0, outputs
+            tile_words, parts = 0, outputs
+            scratch = lines(modules.rows24.scratch_bytes(groups)) if width == 24 else 0
             part = max(16, parts // (8 * self.threads) // 4 * 4)
         sizes = reads, codes, scales, sums, tile_words, scratch
         of_weight = outputs, columns, words, groups, packed_row, scale_row, kind, bits, group or 0
@@ -160,7 +195,7 @@ class _Plan:
         places = np.cumsum([lines(size) for size in (*held_bytes, self.copied * fields["copy_row"])]).tolist()
         fields |= {"x_row": 4 * columns, "rows": rows}
         fields |= dict(zip(("codes", "code_scales", "sums", "copy", "scratch"), places, strict=True))
-        rounded = max(self.height, rows // (4 * self.threads) // 4 * 4) if rows >= _ROUNDED_TOGETHER else rows
+        rounded = max(self.height, 4, rows // (4 * self.threads) // 4 * 4) if rows >= _ROUNDED_TOGETHER else rows
         turns = [4 * words, rounder.address, rows, rounded, kernel.address, parts, part]
         self.template = np.array([*(fields.get(name, 0) for name in modules.job.JOB.names), *turns], np.int64)
         self.size = places[-1] + scratch * self.threads + 64
@@ -188,7 +223,7 @@ def product(x: Array, weight: Weight, width: int) -> Array | None:
     weight : Weight
         Of shape (N, K).
     width : int
-        16 or 8.
+        16 or 8; or 24 for up to `WIDE_ROWS` rows of x.
 
     Returns
     -------

@@ -21,12 +21,12 @@ from quantcore_backends.cpu_kernels.simd_int import (
 )
 from quantcore_backends.cpu_kernels.vectors import LANES
 
-__all__ = ["four_rows"]
+__all__ = ["AHEAD", "LINE", "four_rows", "prefetch_four"]
 
 
-_AHEAD: Final = 8192
+AHEAD: Final = 8192
 """Bytes of the weight, at least, between what is multiplied and what is prefetched."""
-_LINE: Final = 64
+LINE: Final = 64
 
 
 @njit(forceinline=True, **COMPILED)
@@ -37,9 +37,9 @@ def prefetch_four(address):
     keeps more lines under way than are asked for here.
     """
     prefetch(address)
-    prefetch(address + _LINE)
-    prefetch(address + 2 * _LINE)
-    prefetch(address + 3 * _LINE)
+    prefetch(address + LINE)
+    prefetch(address + 2 * LINE)
+    prefetch(address + 3 * LINE)
 
 
 def _biased(kind: int) -> Any:
@@ -94,7 +94,7 @@ def four_rows(bits: int, kind: int, run: int, scales: int, width: int) -> Any:
         valid = (left + job.group - 1) // job.group
         at = (whole * scales >> job.group_shift) * job.scale_step
         four = 4 * job.packed_row
-        ahead = four * max(1, (_AHEAD + four - 1) // four)
+        ahead = four * max(1, (AHEAD + four - 1) // four)
         for n in range(first, last, 4):
             n1, n2, n3 = min(n + 1, last - 1), min(n + 2, last - 1), min(n + 3, last - 1)
             p0, p1, p2, p3 = row_of(job, n), row_of(job, n1), row_of(job, n2), row_of(job, n3)
@@ -106,7 +106,7 @@ def four_rows(bits: int, kind: int, run: int, scales: int, width: int) -> Any:
                 for i in range(whole):
                     xi, pi, si = x + i * codes_step, i * packed_step, (i * scales >> job.group_shift) * job.scale_step
                     xv = load(xs + i * (LANES * 4))
-                    if m == 0 and pi % _LINE == 0:
+                    if m == 0 and pi % LINE == 0:
                         prefetch_four(p0 + ahead + 4 * pi)
                     a0 = times(to_floats(dot(p0 + pi, xi, bits, width, chunks)), xv)
                     a1 = times(to_floats(dot(p1 + pi, xi, bits, width, chunks)), xv)

@@ -19,9 +19,9 @@ def lines(size: int) -> int:
 def bound(outputs: int, width: int) -> int:
     """Squared error of a row of x over its squared length up to which integers of a width serve, times 1e18.
 
-    The contract's bound on the error of a row of the result (1e-8 for 16 bits, 1e-4 for 8), divided by how far that
-    error comes above its expectation once in a million. It is the error of rounding x seen through the rows of the
-    weight, a sum of squares: Wilson and Hilferty, "The distribution of chi-square" (1931).
+    The contract's bound on the error of a row of the result (1e-12 for 24 bits, 1e-8 for 16, 1e-4 for 8), divided by
+    how far that error comes above its expectation once in a million. It is the error of rounding x seen through the
+    rows of the weight, a sum of squares: Wilson and Hilferty, "The distribution of chi-square" (1931).
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ def bound(outputs: int, width: int) -> int:
     """
     variance = 2 / (9 * max(1, outputs))
     spread = (1 - variance + 4.75 * variance**0.5) ** 3
-    return int((1e10 if width == 16 else 1e14) / spread)
+    return int((1e6 if width == 24 else 1e10 if width == 16 else 1e14) / spread)
 
 
 def of_few_rows(
@@ -53,7 +53,14 @@ def of_few_rows(
     shift = 0
     while step << (shift + 1) <= group:
         shift += 1
-    return shift, codes * bits // 8, codes * width // 8, codes // step * lanes * 4, groups * 4
+    spread = codes // step * lanes * 4
+    return (
+        shift,
+        codes * bits // 8,
+        codes * width // 8,
+        spread,
+        groups * 4 if width < 24 else spread + (groups * 4 + 63 & -64),
+    )
 
 
 def plan(

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from quantcore import QuantizedTensor
+from quantcore import QuantizedTensor, Scheme
 from quantcore_backends.cpu_kernels import compiled, compiled_microscaled, integer
 from quantcore_backends.cpu_kernels.weights import FLOAT32, TILE, Leaves, column_step, decode_block
 
@@ -28,8 +28,8 @@ _SIDE = 1024
 def dot(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any], precision: str = "default") -> Array:
     """``matmul(x, matrix_transpose(qw))``, accumulated in float32, or float64 for a float64 x.
 
-    Where Numba is there, x becomes integers of 16 bits, or 8 with "fast", a scale for each 64 at most; not where that
-    would lose more of x than the precision allows, nor with "highest", which is in floats.
+    Where Numba is there, x becomes integers of 16 bits, or 8 with "fast", a scale for each 64 at most; 24 with
+    "highest", for few rows. Not where that would lose more of x than the precision allows: then floats serve.
 
     Parameters
     ----------
@@ -62,25 +62,35 @@ def dot(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any], precision: str = "d
 def _rounded_product(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any], precision: str) -> Array | None:
     """The usual case, kept short: one matrix, and x in float32 that integers serve. None in any other."""
     packed = qw.packed
-    if precision == "highest" or packed.ndim != 2 or x.dtype != FLOAT32 or dtype == _FLOAT64 or not x.size:
+    if packed.ndim != 2 or x.dtype != FLOAT32 or dtype == _FLOAT64 or not x.size or qw.transposed:
         return None
-    if qw.transposed or not integer.serves(qw.scheme):
+    if not integer.serves(qw.scheme):
         return None
     rows = np.ascontiguousarray(x)
     if x.ndim != 2:
         rows = rows.reshape(-1, x.shape[-1])
-    weight = _weight(qw, (packed, qw.scales, qw.biases))
-    product = None
-    if precision == "fast" and integer.has_byte_dot(qw.scheme):
-        product = integer.product(rows, weight, 8)
-    if product is None:
-        product = integer.product(rows, weight, 16)
+    product = _integer_product(rows, _weight(qw, (packed, qw.scales, qw.biases)), precision)
     if product is None:
         return None
     if dtype != FLOAT32:
         with np.errstate(over="ignore"):
             product = product.astype(dtype)
     return product if x.ndim == 2 else product.reshape(*x.shape[:-1], product.shape[1])
+
+
+def _integer_product(x: Array, weight: integer.Weight, precision: str) -> Array | None:
+    """The product with x made integers, of the fewest bits that serve; None where none do."""
+    for width in _widths(weight.geometry.scheme, precision, x.shape[0]):
+        product = integer.product(x, weight, width)
+        if product is not None:
+            return product
+    return None
+
+
+def _widths(scheme: Scheme, precision: str, rows: int) -> tuple[int, ...]:
+    if precision == "highest":
+        return (24,) if rows <= integer.WIDE_ROWS and integer.has_wide(scheme) else ()
+    return (8, 16) if precision == "fast" and integer.has_byte_dot(scheme) else (16,)
 
 
 def _stacked(x: Array, plan: "_Plan") -> Array:
@@ -155,22 +165,22 @@ def _leaves(qw: QuantizedTensor, stacked: int) -> Leaves:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """A product's weight, the dtypes of its result, its sums and its tiles of the weight, and x's as integers."""
+    """A product's weight, the dtypes of its result, its sums and its tiles of the weight; whether integers serve."""
 
     qw: QuantizedTensor
     dtype: np.dtype[Any]
     work: np.dtype[Any]
     tile: np.dtype[Any]
-    widths: tuple[int, ...]
+    precision: str
+    integers: bool
 
     @classmethod
     def of(cls, x: Array, qw: QuantizedTensor, dtype: np.dtype[Any], precision: str) -> "_Plan":
         unrounded = precision == "highest" and qw.scheme.group_size is None
         wide = unrounded or np.float64 in (x.dtype, dtype)
-        widths: tuple[int, ...] = ()
-        if not wide and not qw.transposed and precision != "highest" and integer.serves(qw.scheme):
-            widths = (8, 16) if precision == "fast" and integer.has_byte_dot(qw.scheme) else (16,)
-        return cls(qw, dtype, np.dtype(np.float64 if wide else np.float32), _FLOAT64 if unrounded else FLOAT32, widths)
+        integers = not (wide or qw.transposed) and integer.serves(qw.scheme)
+        tile = _FLOAT64 if unrounded else FLOAT32
+        return cls(qw, dtype, np.dtype(np.float64 if wide else np.float32), tile, precision, integers)
 
 
 def _matrix(x: Array, leaves: Leaves, plan: _Plan) -> Array:
@@ -193,12 +203,10 @@ def _compiled_product(x: Array, leaves: Leaves, plan: _Plan) -> Array | None:
     qw = plan.qw
     if x.size == 0 or qw.transposed:
         return None
-    if plan.widths:
-        weight = _weight(qw, leaves)
-        for width in plan.widths:
-            product = integer.product(x, weight, width)
-            if product is not None:
-                return product
+    if plan.integers:
+        product = _integer_product(x, _weight(qw, leaves), plan.precision)
+        if product is not None:
+            return product
     if _few(x):
         few_rows = compiled.few_rows if qw.scheme.has_biases else compiled_microscaled.few_rows
         product = few_rows(x, *leaves, qw.scheme)

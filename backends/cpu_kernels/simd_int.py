@@ -57,7 +57,7 @@ __all__ = [
 
 
 class Form(NamedTuple):
-    """How activations lie: as 16-bit integers, or as one or two layers of bytes, the upper ones first.
+    """How activations lie: as 16-bit integers, or as one to three layers of bytes, the upper ones first.
 
     `parts` is how many a word holds.
     """
@@ -88,11 +88,11 @@ def form(bits: int, width: int) -> Form:
     """
     kind = byte_dot(bits)
     if kind is None or lane_codes(bits) < 4:
-        if width == 8:
+        if width != 16:
             raise ValueError(f"no dot of bytes for {bits} bits on this target")
         return Form(1, 2)
-    if width == 8:
-        return Form(1, 4)
+    if width != 16:
+        return Form(width // 8, 4)
     return Form(1, 2) if kind == "maddubs" else Form(2, 4)
 
 
