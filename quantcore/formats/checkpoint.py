@@ -60,7 +60,7 @@ class Checkpoint(Mapping[str, Any]):
     library : str
         The array library that tensors are given in.
     config : mapping
-        ``config.json``, where there is one.
+        ``config.json``, where there is one; of a GGUF under Hugging Face's names, what it would be.
     metadata : mapping
         What the files say beside the tensors: GGUF's key-values, safetensors' ``__metadata__``.
     """

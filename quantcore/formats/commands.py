@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final, cast
 
 import rich.box
 import rich.console
@@ -15,9 +15,10 @@ import rich.text
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
-from quantcore.errors import QuantcoreError
+from quantcore.errors import FormatError, QuantcoreError, UnsupportedError
 from quantcore.formats.checkpoint import Checkpoint, Entry
 from quantcore.formats.comparison import Difference, compare
+from quantcore.formats.gguf_tokenizer import write_tokenizer
 from quantcore.formats.reading import load
 from quantcore.formats.recipe import Converted, Recipe, is_matrix
 from quantcore.formats.writing import replacing, write_checkpoint
@@ -56,6 +57,13 @@ def convert(
         list[str] | None,
         typer.Option(help="PATTERN=SCHEME, PATTERN=keep or PATTERN=dense; may be repeated, the first match decides"),
     ] = None,
+    names: Annotated[
+        str | None,
+        typer.Option(
+            help="of a GGUF's tensors: huggingface, which mlx-lm wants, or file, for its own",
+            show_default="huggingface, where they are known",
+        ),
+    ] = None,
     inexact: Annotated[bool, typer.Option("--inexact", help="convert also what changes values")] = False,
     force: Annotated[bool, typer.Option("--force", help="replace a checkpoint at the destination")] = False,
 ) -> None:
@@ -63,13 +71,15 @@ def convert(
     with _errors():
         if to != "mlx":
             raise ValueError(f"--to: the format that is written is mlx, not {to!r}")
-        checkpoint = load(source, exact=not inexact)
+        console = _console()
+        checkpoint = _named(source, names, not inexact, console)
         state = Converted(checkpoint, Recipe.parse(bits, group_size, rules or []))
         with replacing(destination, force) as folder, _progress("Converting", checkpoint.nbytes) as advance:
             entries = checkpoint.entries
             write_checkpoint(state, folder, checkpoint.config, lambda name, _: advance(name, entries[name].nbytes))
             _copy_others(source, folder)
-        console = _console()
+            if checkpoint.format == "gguf" and checkpoint.config and not (folder / "tokenizer.json").exists():
+                _write_tokenizer(checkpoint, folder, console)
         if state.requantized:
             console.print(f"quantized anew, which loses precision a second time: {len(state.requantized)} tensors")
         _print_totals(console, load(destination))
@@ -82,7 +92,7 @@ def verify(
 ) -> None:
     """Compare two checkpoints tensor by tensor; the exit code is 0 if they agree, 1 if not."""
     with _errors():
-        one, other = load(first), load(second)
+        one, other = _alike(load(first), load(second))
         total = agreeing = exact = 0
         table = _table("tensor", "difference", "largest", "relative")
         with _progress("Comparing", one.nbytes) as advance:
@@ -169,6 +179,10 @@ def _table(*headings: str) -> rich.table.Table:
     return table
 
 
+def _warn(console: rich.console.Console, text: str) -> None:
+    console.print(_printable(text), style="bold yellow", soft_wrap=True)
+
+
 def _console() -> rich.console.Console:
     return rich.console.Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
 
@@ -193,6 +207,36 @@ def _progress(what: str, total: int) -> Iterator[Callable[[str, int], None]]:
     with Progress(*columns, console=rich.console.Console(stderr=True)) as progress:
         task = progress.add_task(what, total=total)
         yield lambda _name, nbytes: progress.update(task, advance=nbytes)
+
+
+def _named(source: Path, names: str | None, exact: bool, console: rich.console.Console) -> Checkpoint:
+    """Open what is converted; a GGUF under the names that the option asks for, else Hugging Face's as far as known."""
+    if names is not None:
+        return load(source, exact=exact, names=cast(Any, names))
+    try:
+        return load(source, exact=exact, names="huggingface")
+    except UnsupportedError as error:
+        checkpoint = load(source, exact=exact)
+        _warn(console, f"{error}. The file's own names are kept, which mlx-lm doesn't know")
+        return checkpoint
+    except FormatError as error:
+        load(source, exact=exact)
+        raise FormatError(f"{error} (--names file converts it without what mlx-lm needs)") from None
+
+
+def _write_tokenizer(checkpoint: Checkpoint, folder: Path, console: rich.console.Console) -> None:
+    try:
+        write_tokenizer(checkpoint.path, checkpoint.metadata, folder)
+    except (UnsupportedError, FormatError) as error:
+        _warn(console, f"No tokenizer was written, which mlx_lm.load needs: {error}")
+
+
+def _alike(first: Checkpoint, second: Checkpoint) -> tuple[Checkpoint, Checkpoint]:
+    """Both, a GGUF under Hugging Face's names where under its own it shares none with the other."""
+    if set(first) & set(second):
+        return first, second
+    found = [load(one.path, names="huggingface") if one.format == "gguf" else one for one in (first, second)]
+    return found[0], found[1]
 
 
 def _copy_others(source: Path, folder: Path) -> None:

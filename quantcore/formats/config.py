@@ -2,11 +2,15 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
+
+import numpy as np
 
 from quantcore.formats.files import malformed
 
 __all__ = ["Settings"]
+
+_LARGEST: Final = float(np.finfo(np.float32).max)
 
 
 class Settings:
@@ -40,6 +44,13 @@ class Settings:
         if type(found) is not int or not -(1 << 31) <= found < 1 << 31:
             self.malformed(f"{names[0]} must be an integer, not {str(found)[:40]!r}")
         return found
+
+    def number(self, *names: str, default: float | None = None) -> float:
+        """The positive number, of those that float32 holds, of the first of these names that is there."""
+        found = self._first(names, default)
+        if type(found) not in (int, float) or not 0 < found <= _LARGEST:
+            self.malformed(f"{names[0]} must be a positive number, not {str(found)[:40]!r}")
+        return float(found)
 
     def text(self, *names: str, default: str | None = None) -> str:
         """The string of the first of these names that is there."""

@@ -3,10 +3,10 @@
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from quantcore.errors import FormatError, UnsupportedError
-from quantcore.formats import awq, compressed_tensors, gguf, gptq, hqq, mlx, onnx, safetensors
+from quantcore.formats import awq, compressed_tensors, gguf, gptq, hqq, huggingface, mlx, onnx, safetensors
 from quantcore.formats.checkpoint import Checkpoint, Entry, Rename, dense, renamed, renamer
 from quantcore.formats.config import Settings
 from quantcore.formats.files import MappedFile, Stored, malformed
@@ -20,6 +20,7 @@ def load(
     *,
     library: str = "numpy",
     device: Any = None,
+    names: Literal["file", "huggingface"] = "file",
     rename: Rename = None,
     exact: bool = True,
 ) -> Checkpoint:
@@ -33,9 +34,13 @@ def load(
         The array library to give tensors in: ``"numpy"``, ``"mlx"``, ``"torch"``, ...
     device : object, optional
         A device of that library.
+    names : {"file", "huggingface"}
+        Whose names the tensors of a GGUF get: its own, or those that the model has on the Hugging Face Hub and in
+        mlx-lm. With the latter the rows of q and k are in Hugging Face's order too, and `config` is the model's. Other
+        formats have Hugging Face's names as a rule, and keep what they have.
     rename : mapping or callable, optional
-        From the names in the file to those of the checkpoint. An MLX config's overrides, which go by module, are found
-        under either name, and given under the new one in the checkpoint's `config`.
+        From the names in the file, or those that `names` gives, to those of the checkpoint. An MLX config's overrides,
+        which go by module, are found under either name, and given under the new one in the checkpoint's `config`.
     exact : bool
         Whether a tensor that can't be converted exactly raises when it is looked up. Where it can, it always is.
 
@@ -49,7 +54,8 @@ def load(
     FormatError
         If the file isn't what its format says it must be; it names the file, the tensor and the byte.
     UnsupportedError
-        If it is of a kind that isn't read, which the message names.
+        If it is of a kind that isn't read, which the message names; or if `names` asks for Hugging Face's, and those of
+        the model's architecture aren't known.
     InexactConversionError
         On looking up a tensor whose values would change, and by how much, unless `exact` is False.
     FileNotFoundError
@@ -61,9 +67,13 @@ def load(
     >>> checkpoint["blk.0.attn_q.weight"]  # doctest: +SKIP
     QuantizedTensor(shape=(576, 576), affine-int4-g32, float32, numpy on cpu, 5.00 bits/weight, 207,360 bytes)
     """
+    if names not in ("file", "huggingface"):
+        raise ValueError(f"load: names must be 'file' or 'huggingface', not {names!r}")
     place = Path(path)
     name_of = renamer(rename)
     entries, format, config, metadata = _open(place, name_of, exact)
+    if names == "huggingface" and format == "gguf":
+        entries, config = huggingface.translated(place, entries, metadata)
     return Checkpoint(
         renamed(entries, name_of),
         format=format,

@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import mlx.core as mx
+import mlx_lm
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
 
 import quantcore
 from quantcore import dispatch
+from quantcore.formats.commands import convert
 from quantcore_examples.fetch import SMOLLM2, fetch_model
 from quantcore_examples.generate import generate
 from quantcore_examples.gguf_tokenizer import GgufTokenizer
@@ -78,6 +82,27 @@ def test_text_survives_the_tokenizer_and_never_becomes_control_tokens(file: Path
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(tokenizer.encode("2024")) == 4
     assert not tokenizer.end_ids & set(tokenizer.encode("<|im_end|><|endoftext|>"))
+
+
+def test_mlx_lm_computes_the_same_from_a_converted_folder(file: Path, tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(convert)
+    assert CliRunner().invoke(app, [str(file), str(tmp_path / "mlx")]).exit_code == 0
+    theirs, tokenizer = mlx_lm.load(str(tmp_path / "mlx"))
+    ours = LanguageModel.load(file)
+    ids = ours.tokenizer.encode("The capital of France is")
+    assert tokenizer.encode("The capital of France is") == ids
+    with quantcore.use_precision("highest"):
+        written = list(generate(ours, ids, 6))
+        expected = ours.logits([*ids, *written], [], last_only=False)
+    found = np.asarray(theirs(mx.array([[*ids, *written]]))[0])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    assert found.argmax(-1)[len(ids) - 1 : -1].tolist() == written
+    assert ours.tokenizer.decode(written).startswith(" Paris.")
+    messages = [{"role": "user", "content": "What is the capital of France in 2024?"}]
+    chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    assert chat == ours.tokenizer.encode_chat(messages[0]["content"])
+    assert tokenizer.eos_token_ids <= ours.tokenizer.end_ids
 
 
 @pytest.mark.slow

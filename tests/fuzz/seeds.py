@@ -17,6 +17,7 @@ import quantcore
 sys.path.insert(0, str(Path(__file__).parent.parent / "formats"))
 
 import makers
+from gguf_models import LLAMA3, config, write_gguf
 from test_gguf import blocks_of
 from test_onnx import Weight, model
 
@@ -67,6 +68,22 @@ def _gguf() -> Files:
         return {"m.gguf": (Path(folder) / "m.gguf").read_bytes()}
 
 
+def _gguf_model() -> Files:
+    """A whole model with its tokenizer, which can be had under Hugging Face's names."""
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "head_dim"), 32)
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
+    model = config(vocab_size=6, num_hidden_layers=1, rope_scaling={**LLAMA3, "factor": 2.0}, **sizes, **heads)
+    keys = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "llama-bpe",
+        "tokenizer.ggml.tokens": ["<s>", "a", "</s>", "b", "ab", "<x>"],
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.token_type": [3, 1, 3, 1, 1, 4],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        return {"m.gguf": write_gguf(Path(folder) / "m.gguf", model, "Q4_0", **keys).read_bytes()}
+
+
 def _onnx() -> Files:
     made: onnx.ModelProto = model(Weight(4, 4, 100, 32, "packed"))
     return {"m.onnx": made.SerializeToString()}
@@ -82,6 +99,7 @@ SEEDS: dict[str, Files] = {
     "hqq": _folder(makers.hqq(out=4, in_features=64, group=32)),
     "compressed-tensors": _folder(makers.compressed_tensors(out=4, in_features=64, group=32)),
     "gguf": _gguf(),
+    "gguf-model": _gguf_model(),
     "onnx": _onnx(),
 }
 

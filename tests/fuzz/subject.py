@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 import tracemalloc
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import quantcore as qc
+from quantcore.formats.gguf_tokenizer import write_tokenizer
 
 __all__ = ["ALLOWANCE", "exercise", "peak_of"]
 
@@ -51,7 +54,28 @@ def exercise(path: Path) -> str:
                 assert tensor.dequantize().shape == entry.shape
         else:
             tensor.tobytes()
+    if checkpoint.format == "gguf":
+        _exercise_as_huggingface(path)
     return outcome
+
+
+def _exercise_as_huggingface(path: Path) -> None:
+    """Read what mlx-lm would get of a GGUF: its tensors, its config, its tokenizer."""
+    try:
+        checkpoint = qc.load(path, names="huggingface")
+        json.dumps(dict(checkpoint.config), allow_nan=False)
+    except (qc.FormatError, qc.UnsupportedError) as error:
+        _check_message(error, path)
+        return
+    for name, entry in checkpoint.entries.items():
+        with suppress(qc.FormatError, qc.UnsupportedError):
+            assert tuple(checkpoint[name].shape) == entry.shape
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            write_tokenizer(path, checkpoint.metadata, Path(folder))
+        except (qc.FormatError, qc.UnsupportedError) as error:
+            _check_message(error, path)
+            assert not list(Path(folder).iterdir())
 
 
 def peak_of(path: Path) -> int:
