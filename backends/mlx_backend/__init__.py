@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from quantcore import BackendInfo, Call, QuantizedTensor, Scheme, hookimpl
+from quantcore.dtypes import dtype_name
 from quantcore.scheme import MODES
 
 __all__ = ["MLXBackend", "backend"]
@@ -162,7 +163,7 @@ class MLXBackend:
 
         if device is not None and str(device) not in ("cpu", "gpu", str(mx.default_device())):
             raise ValueError(f"MLX arrays live in unified memory; the device can't be {device!r}")
-        if array.dtype.name == "bfloat16":
+        if dtype_name(array.dtype) == "bfloat16":
             made = _shared(mx, array.view(np.uint16)).view(mx.bfloat16)
             _evaluate(mx, made)
             return made
