@@ -21,7 +21,9 @@ assert CALL.index("copy") + 1 == CALL.index("scratch")
 
 def _caller(stamp: int) -> Any:
     @njit(cache=True, **COMPILED)
-    def call(pool: Any, x: Any, out: Any, memory: Any, template: Any, packed: Any, scales: Any, biases: Any) -> Any:
+    def call(
+        pool: Any, x: Any, out: Any, memory: Any, template: Any, packed: Any, scales: Any, biases: Any, slot: Any
+    ) -> Any:
         """Round x to integers, then multiply; whether integers served, so that `out` is right.
 
         Parameters
@@ -35,6 +37,8 @@ def _caller(stamp: int) -> Any:
             and twice a kernel's address, its parts, and the length of a part.
         packed, scales, biases : int
             Addresses.
+        slot : int
+            The weight's, in the table of :mod:`ahead`; 0 for none.
         """
         start = (memory.ctypes.data + 63) // 64 * 64
         job = addresses_at(start, _FIELDS if stamp else 0)
@@ -49,7 +53,7 @@ def _caller(stamp: int) -> Any:
             to[:] = bytes_at(packed + n * job[_PACKED_ROW], turns[0])
         parallel(pool if turns[2] > turns[3] else 0, turns[1], start, turns[2], turns[3])
         if job[_REFUSED] == 0:
-            parallel(pool, turns[4], start, turns[5], turns[6])
+            parallel(pool, turns[4], start, turns[5], turns[6], slot)
         return job[_REFUSED] == 0
 
     return call

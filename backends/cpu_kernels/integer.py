@@ -50,6 +50,7 @@ def _compiled() -> SimpleNamespace:
     """The modules that import Numba, with what is needed of them."""
     from quantcore_backends.cpu_kernels import (
         activations,
+        ahead,
         calls,
         job,
         kernels_int,
@@ -61,6 +62,7 @@ def _compiled() -> SimpleNamespace:
 
     return SimpleNamespace(
         activations=activations,
+        ahead=ahead,
         call=calls.call,
         job=job,
         lanes=vectors.LANES,
@@ -139,7 +141,7 @@ class Weight:
     in_features : int
     """
 
-    __slots__ = ("_held", "addresses", "geometry", "packed")
+    __slots__ = ("_held", "addresses", "geometry", "packed", "slot")
 
     def __init__(self, packed: Array, scales: Array, biases: Array, scheme: Scheme, in_features: int) -> None:
         dtype = scales.dtype if scales.dtype == biases.dtype and scales.dtype in _KINDS else _FLOAT32
@@ -152,6 +154,13 @@ class Weight:
         (rows, words), groups = self.packed.shape, scales.shape[1]
         rows_apart = self.packed.strides[0], scales.strides[0]
         self.geometry = _Geometry(scheme, in_features, rows, words, groups, *rows_apart, _KINDS[dtype])
+        self.slot = 0
+
+    def expect(self) -> None:
+        """Give it a slot, so that it is brought near before it is asked for; for weights that are kept."""
+        rows, (packed, scales, biases) = self.geometry.rows, self.addresses
+        sizes = rows * self.geometry.packed_row, rows * self.geometry.scale_row
+        self.slot = _compiled().ahead.slot_of(packed, sizes[0], scales, biases, sizes[1])
 
 
 class _Plan:
@@ -207,7 +216,8 @@ class _Plan:
         """Compute ``out = x @ w.T``; whether integers served, so that `out` is right."""
         memory = self.allocate(self.size, np.uint8)
         pool = native_pool().address if self.threads > 1 else 0
-        served: bool = _compiled().call(pool, x, out, memory, self.template, *weight.addresses)
+        slot = 0 if self.height else weight.slot
+        served: bool = _compiled().call(pool, x, out, memory, self.template, *weight.addresses, slot)
         return served
 
 

@@ -22,6 +22,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from quantcore_backends.cpu_kernels.ahead import bring_near, go_on, learn
+from quantcore_backends.cpu_kernels.atomics import WORD, add_to_word, load_word, replaced, store_word
 from quantcore_backends.cpu_kernels.disk_cache import njit
 
 __all__ = [
@@ -40,7 +42,7 @@ __all__ = [
 MOST_WORKERS: Final = 255
 CPUS: Final = 640
 """Where in a pool the bits of the CPUs that it may use stand: 128 bytes."""
-POOL_BYTES: Final = 896 + 8 * (MOST_WORKERS + 1)
+POOL_BYTES: Final = 896 + (8 + 64) * (MOST_WORKERS + 1)
 """Bytes of a pool. It starts at a multiple of 64."""
 
 _OPTIONS: Final[dict[str, Any]] = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
@@ -57,7 +59,9 @@ _JOB: Final = 320
 _MUTEX: Final = 384
 _CONDITION: Final = 512
 _CPUS_LEFT: Final = 768
+_WEIGHT: Final = 832  # the slot of the weight that was multiplied by last; see ahead.py
 _THREADS: Final = 896  # system's numbers of the workers' threads; 0 ends them
+_PLACES: Final = _THREADS + 8 * (MOST_WORKERS + 1)  # how far ahead each worker is: 64 bytes
 
 _OPEN: Final = 1 << 16
 _JOINED: Final = _OPEN - 1
@@ -68,49 +72,7 @@ _SPINS: Final = 1000
 _LINUX: Final = platform.system() == "Linux"
 _X86: Final = platform.machine().lower() in ("x86_64", "amd64")
 
-_WORD, _INT = ir.IntType(64), ir.IntType(32)
-
-
-def _pointer(builder: Any, address: Any) -> Any:
-    return builder.inttoptr(address, _WORD.as_pointer())
-
-
-@intrinsic
-def _load(typing: Any, address: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load_atomic(_pointer(builder, args[0]), "seq_cst", 8)
-
-    return types.int64(types.intp), generate
-
-
-@intrinsic
-def _store(typing: Any, address: Any, value: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store_atomic(args[1], _pointer(builder, args[0]), "seq_cst", 8)
-        return context.get_dummy_value()
-
-    return types.void(types.intp, types.int64), generate
-
-
-@intrinsic
-def _add(typing: Any, address: Any, value: Any) -> Any:
-    """Add to a word, and give what it was."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.atomic_rmw("add", _pointer(builder, args[0]), args[1], "seq_cst")
-
-    return types.int64(types.intp, types.int64), generate
-
-
-@intrinsic
-def _replaced(typing: Any, address: Any, expected: Any, value: Any) -> Any:
-    """Replace a word if it is as expected; whether it was."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pair = builder.cmpxchg(_pointer(builder, args[0]), args[1], args[2], "seq_cst", "seq_cst")
-        return builder.extract_value(pair, 1)
-
-    return types.boolean(types.intp, types.int64, types.int64), generate
+_INT = ir.IntType(32)
 
 
 @intrinsic
@@ -118,7 +80,7 @@ def call_kernel(typing: Any, function: Any, job: Any, thread: Any, first: Any, l
     """Call a kernel by its address."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [_WORD] * 4)
+        kind = ir.FunctionType(ir.VoidType(), [WORD] * 4)
         builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
         return context.get_dummy_value()
 
@@ -145,7 +107,7 @@ def _library(name: str, count: int, exists: bool = True) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             if not exists:
                 return ir.Constant(_INT, -1)
-            kind = ir.FunctionType(_INT, [_WORD] * count)
+            kind = ir.FunctionType(_INT, [WORD] * count)
             called = cgutils.get_or_insert_function(builder.module, kind, name)
             return builder.call(called, args)
 
@@ -173,7 +135,7 @@ _set_affinity = _library("sched_setaffinity", 3, _LINUX)
 
 @njit(**_OPTIONS)
 def prepare(pool):
-    """Make `POOL_WORDS` zeroed words a pool."""
+    """Make `POOLWORDS` zeroed words a pool."""
     _mutex_init(pool + _MUTEX, 0)
     _condition_init(pool + _CONDITION, 0)
 
@@ -188,7 +150,7 @@ def _wake(pool):
 @njit(**_OPTIONS)
 def stop(pool):
     """Make the workers return."""
-    _store(pool + _STOP, 1)
+    store_word(pool + _STOP, 1)
     _wake(pool)
 
 
@@ -196,20 +158,20 @@ def stop(pool):
 def _sleep(pool, seen):
     """Wait until the generation isn't `seen` any more."""
     _mutex_lock(pool + _MUTEX)
-    _add(pool + _SLEEPERS, 1)
-    while _load(pool + _STATE) // _GENERATION == seen and _load(pool + _STOP) == 0:
+    add_to_word(pool + _SLEEPERS, 1)
+    while load_word(pool + _STATE) // _GENERATION == seen and load_word(pool + _STOP) == 0:
         _condition_wait(pool + _CONDITION, pool + _MUTEX)
-    _add(pool + _SLEEPERS, -1)
+    add_to_word(pool + _SLEEPERS, -1)
     _mutex_unlock(pool + _MUTEX)
 
 
 @njit(**_OPTIONS)
 def _drain(pool, thread):
     """Do parts of the job until none is left."""
-    function, job = _load(pool + _JOB), _load(pool + _JOB + 8)
-    count, block = _load(pool + _JOB + 16), _load(pool + _JOB + 24)
+    function, job = load_word(pool + _JOB), load_word(pool + _JOB + 8)
+    count, block = load_word(pool + _JOB + 16), load_word(pool + _JOB + 24)
     while True:
-        first = _add(pool + _NEXT, block)
+        first = add_to_word(pool + _NEXT, block)
         if first >= count:
             return
         call_kernel(function, job, thread, first, min(first + block, count))
@@ -219,59 +181,65 @@ def _drain(pool, thread):
 def look(pool, times):
     """What a waiting worker does, so many times: to find out how long it takes here."""
     spins = 0
-    while _load(pool + _STATE) // _GENERATION >= 0 and spins < times:
+    while load_word(pool + _STATE) // _GENERATION >= 0 and spins < times:
         spins += 1
         _pause()
 
 
 @njit(**_OPTIONS)
-def work(pool, thread, native, looks):
+def work(pool, thread, workers, native, looks):
     """What a worker does all its life.
 
-    `thread` is its number, from 1, and `native` the system's number of its thread, or 0 to leave it where it is. Before
-    it sleeps, it looks `looks` times whether there is work.
+    `thread` is its number, from 1 to `workers`, and `native` the system's number of its thread, or 0 to leave it where
+    it is. Before it sleeps, it looks `looks` times whether there is work.
     """
-    _store(pool + _THREADS + 8 * (thread - 1), native)
+    store_word(pool + _THREADS + 8 * (thread - 1), native)
     seen = 0
-    while _load(pool + _STOP) == 0:
+    while load_word(pool + _STOP) == 0:
         spins = 0
-        while _load(pool + _STATE) // _GENERATION == seen and spins < looks:
+        while load_word(pool + _STATE) // _GENERATION == seen and spins < looks:
             spins += 1
             _pause()
-        state = _load(pool + _STATE)
+        state = load_word(pool + _STATE)
         if state // _GENERATION == seen:
             _sleep(pool, seen)
             continue
         if state & _OPEN == 0:
             seen = state // _GENERATION
-        elif _replaced(pool + _STATE, state, state + 1):
+        elif replaced(pool + _STATE, state, state + 1):
             seen = state // _GENERATION
             _drain(pool, thread)
-            _add(pool + _LEFT, 1)
+            weight = load_word(pool + _WEIGHT)
+            add_to_word(pool + _LEFT, 1)
+            if weight != 0:
+                place = pool + _PLACES + 64 * (thread - 1)
+                go_on(place, weight)
+                while load_word(pool + _STATE) // _GENERATION == seen and bring_near(place, thread - 1, workers):
+                    pass
 
 
 @njit(**_OPTIONS)
 def keep_apart(pool):
     """Keep the workers off the caller's CPU. Only who holds the pool may call it."""
     cpu = _current_cpu()
-    if cpu < 0 or cpu >= 1024 or cpu + 1 == _load(pool + _APART):
+    if cpu < 0 or cpu >= 1024 or cpu + 1 == load_word(pool + _APART):
         return
     left = 0
     for word in range(16):
-        bits = _load(pool + CPUS + 8 * word)
+        bits = load_word(pool + CPUS + 8 * word)
         if cpu // 64 == word:
             bits &= ~(1 << (cpu % 64))
         left |= bits
-        _store(pool + _CPUS_LEFT + 8 * word, bits)
+        store_word(pool + _CPUS_LEFT + 8 * word, bits)
     index = 0
-    while left != 0 and _load(pool + _THREADS + 8 * index) != 0:
-        _set_affinity(_load(pool + _THREADS + 8 * index), 128, pool + _CPUS_LEFT)
+    while left != 0 and load_word(pool + _THREADS + 8 * index) != 0:
+        _set_affinity(load_word(pool + _THREADS + 8 * index), 128, pool + _CPUS_LEFT)
         index += 1
-    _store(pool + _APART, cpu + 1)
+    store_word(pool + _APART, cpu + 1)
 
 
 @njit(**_OPTIONS)
-def parallel(pool, function, job, count, block):
+def parallel(pool, function, job, count, block, weight=0):
     """Call ``function(job, thread, first, last)`` on parts of ``range(count)``, some of them in the pool's threads.
 
     Parameters
@@ -285,30 +253,34 @@ def parallel(pool, function, job, count, block):
     count : int
     block : int
         Length of a part.
+    weight : int
+        The slot of the weight, in the table of :mod:`ahead`; 0 for none.
     """
-    if pool == 0 or count <= block or not _replaced(pool + _BUSY, 0, 1):
+    if pool == 0 or count <= block or not replaced(pool + _BUSY, 0, 1):
         call_kernel(function, job, 0, 0, count)
         return
     keep_apart(pool)
-    _store(pool + _JOB, function)
-    _store(pool + _JOB + 8, job)
-    _store(pool + _JOB + 16, count)
-    _store(pool + _JOB + 24, block)
-    _store(pool + _NEXT, 0)
-    _store(pool + _LEFT, 0)
-    generation = _load(pool + _STATE) // _GENERATION + 1
-    _store(pool + _STATE, generation * _GENERATION + _OPEN)
-    if _load(pool + _SLEEPERS) > 0:
+    store_word(pool + _JOB, function)
+    store_word(pool + _JOB + 8, job)
+    store_word(pool + _JOB + 16, count)
+    store_word(pool + _JOB + 24, block)
+    store_word(pool + _NEXT, 0)
+    store_word(pool + _LEFT, 0)
+    learn(load_word(pool + _WEIGHT), weight)
+    store_word(pool + _WEIGHT, weight)
+    generation = load_word(pool + _STATE) // _GENERATION + 1
+    store_word(pool + _STATE, generation * _GENERATION + _OPEN)
+    if load_word(pool + _SLEEPERS) > 0:
         _wake(pool)
     _drain(pool, 0)
-    state = _load(pool + _STATE)
-    while not _replaced(pool + _STATE, state, state - _OPEN):
-        state = _load(pool + _STATE)
+    state = load_word(pool + _STATE)
+    while not replaced(pool + _STATE, state, state - _OPEN):
+        state = load_word(pool + _STATE)
     spins = 0
-    while _load(pool + _LEFT) != state & _JOINED:
+    while load_word(pool + _LEFT) != state & _JOINED:
         spins += 1
         if spins < _SPINS:
             _pause()
         else:
             _yield()
-    _store(pool + _BUSY, 0)
+    store_word(pool + _BUSY, 0)

@@ -19,8 +19,9 @@ __all__ = ["NativePool", "native_pool", "over_rows", "thread_count"]
 _VARIABLES: Final = ("QUANTCORE_NUM_THREADS", "NUMBA_NUM_THREADS", "OMP_NUM_THREADS")
 _FEW_CPUS: Final = 8
 """CPUs up to which the waiting threads keep off the caller's."""
-_AWAKE: Final = 60e-6
-"""Seconds that a worker waits awake: what a model does between two products, more or less. To wake takes as long."""
+_AWAKE: Final = 150e-6
+"""Seconds that a worker waits awake: what a model does between two products, attention included. To wake it takes some
+ten of these, on a virtual machine more."""
 _TRIED, _MOST_LOOKS = 1000, 100_000
 _pool: ThreadPoolExecutor | None = None
 _native: "NativePool | None" = None
@@ -111,7 +112,7 @@ class NativePool:
         atexit.register(self.stop)
 
     def _work(self, number: int, apart: bool, looks: int) -> None:
-        self._compiled.work(self.address, number, threading.get_native_id() if apart else 0, looks)
+        self._compiled.work(self.address, number, self.threads - 1, threading.get_native_id() if apart else 0, looks)
 
     def _looks(self, seconds: float) -> int:
         """How often a worker can look for work in that time: a pause is 40 cycles here, 140 there, or none at all."""

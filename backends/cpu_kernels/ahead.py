@@ -1,0 +1,100 @@
+"""Weights brought near before they are asked for.
+
+A model multiplies by its weights in the same order again and again, and between two products memory has nothing to do.
+So each weight has a slot in a table, which says where it lies and which weight came after it, the last two times. A
+worker without work follows these and prefetches. A wrong guess costs bandwidth only: nothing is read, and to prefetch
+memory that isn't there does nothing.
+"""
+
+from typing import Any, Final
+
+import numpy as np
+
+from quantcore_backends.cpu_kernels.atomics import load_word, store_word
+from quantcore_backends.cpu_kernels.disk_cache import njit
+from quantcore_backends.cpu_kernels.simd import prefetch
+
+__all__ = ["bring_near", "go_on", "learn", "slot_of"]
+
+_OPTIONS: Final[dict[str, Any]] = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
+_LINE: Final = 64
+_BYTES: Final = 4096
+_MOST_AHEAD: Final = 1 << 20
+"""Bytes brought near before they are needed: of more, a core's own cache would lose the first."""
+
+_SLOTS: Final = 4096
+"""After so many weights, slots are given anew. Whose slot was taken is guessed wrong, once or twice."""
+_PACKED, _PACKED_BYTES, _SCALES, _BIASES, _SCALE_BYTES, _NEXT, _CANDIDATE = range(0, 56, 8)
+_AT, _PIECE, _AHEAD, _EXPECTED = range(0, 32, 8)
+_table: Final = np.zeros((_SLOTS, 8), np.int64)
+_given = 0
+
+
+def slot_of(packed: int, packed_bytes: int, scales: int, biases: int, scale_bytes: int) -> int:
+    """Address of a slot for a weight whose arrays lie at these addresses."""
+    global _given
+    slot, _given = _table[_given % _SLOTS], _given + 1
+    slot[:] = packed, packed_bytes, scales, biases, scale_bytes, 0, 0, 0
+    return slot.ctypes.data
+
+
+@njit(**_OPTIONS)
+def learn(last, weight):
+    """Note that one weight came after another; it is expected there once that was so twice."""
+    if last == 0 or weight == 0:
+        return
+    if load_word(last + _CANDIDATE) != weight:
+        store_word(last + _CANDIDATE, weight)
+        store_word(last + _NEXT, 0)
+    elif load_word(last + _NEXT) != weight:
+        store_word(last + _NEXT, weight)
+
+
+@njit(**_OPTIONS)
+def _prefetch_piece(weight, piece):
+    """Prefetch a piece of a weight, or say that it hasn't so many."""
+    size, scale_size = load_word(weight + _PACKED_BYTES), load_word(weight + _SCALE_BYTES)
+    of_codes, of_scales = (size + _BYTES - 1) // _BYTES, (scale_size + _BYTES - 1) // _BYTES
+    if piece < of_codes:
+        start = load_word(weight + _PACKED)
+    elif piece < of_codes + of_scales:
+        start, size, piece = load_word(weight + _SCALES), scale_size, piece - of_codes
+    elif piece < of_codes + 2 * of_scales:
+        start, size, piece = load_word(weight + _BIASES), scale_size, piece - of_codes - of_scales
+    else:
+        return False
+    for at in range(piece * _BYTES, min(size, (piece + 1) * _BYTES), _LINE):
+        prefetch(start + at)
+    return True
+
+
+@njit(**_OPTIONS)
+def go_on(place, weight):
+    """Take note that the product with `weight` is done.
+
+    `place` is the address of four words in which a worker keeps the slot and the piece that it prefetches next, the
+    bytes that it is ahead, and the slot that it expects.
+    """
+    following = load_word(weight + _NEXT)
+    if load_word(place + _EXPECTED) == weight and load_word(place + _AT) != weight:
+        done = load_word(weight + _PACKED_BYTES) + 2 * load_word(weight + _SCALE_BYTES)
+        store_word(place + _AHEAD, load_word(place + _AHEAD) - done)
+    else:
+        store_word(place + _AT, following)
+        store_word(place + _PIECE, 0)
+        store_word(place + _AHEAD, 0)
+    store_word(place + _EXPECTED, following)
+
+
+@njit(**_OPTIONS)
+def bring_near(place, worker, workers):
+    """Prefetch the next piece that is a worker's, of all `workers`; whether it isn't far enough ahead."""
+    weight, piece, ahead = load_word(place + _AT), load_word(place + _PIECE), load_word(place + _AHEAD)
+    if weight == 0 or ahead >= _MOST_AHEAD:
+        return False
+    if not _prefetch_piece(weight, piece + worker):
+        store_word(place + _AT, load_word(weight + _NEXT))
+        piece = -workers
+    store_word(place + _PIECE, piece + workers)
+    store_word(place + _AHEAD, ahead + workers * _BYTES)
+    return True
