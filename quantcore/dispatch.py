@@ -29,6 +29,7 @@ __all__ = [
     "Request",
     "Route",
     "Verdict",
+    "path",
     "product_route",
     "quantize_request",
     "weigh",
@@ -75,11 +76,22 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What one backend says to a request: `reason` is empty where it is the chosen one."""
+    """What one backend says to a request.
+
+    Attributes
+    ----------
+    backend : str
+    chosen : bool
+    reason : str
+        Why it isn't the chosen one; empty where it is.
+    path : str
+        How the chosen one computes the request, as far as it says.
+    """
 
     backend: str
     chosen: bool
     reason: str
+    path: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +119,8 @@ class Explanation:
         lines = [self.request]
         for verdict in self.verdicts:
             mark = "→" if verdict.chosen else " "
-            lines.append(f" {mark} {verdict.backend}: {verdict.reason or 'computes it'}")
+            path = f": {verdict.path}" if verdict.path else ""
+            lines.append(f" {mark} {verdict.backend}: {verdict.reason or 'computes it'}{path}")
         if self.note:
             lines.append(f"   {self.note}")
         return "\n".join(lines)
@@ -338,6 +351,16 @@ def weigh(backend: LoadedBackend, request: Request) -> str:
     if answer is True:
         return ""
     return answer if isinstance(answer, str) and answer else "refuses, giving no reason"
+
+
+def path(backend: LoadedBackend, request: Request) -> str:
+    """How the backend computes a request that it supports; empty where it doesn't say."""
+    if not backend.has("describe"):
+        return ""
+    try:
+        return str(backend.hook("describe")(request.op, request.call))
+    except Exception as error:
+        return f"its describe() raised {type(error).__name__}: {error}"
 
 
 _warned: Final[set[tuple[Any, ...]]] = set()

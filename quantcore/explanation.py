@@ -40,7 +40,8 @@ def explain(
     Returns
     -------
     Explanation
-        Print it, or read `backend` and `verdicts`.
+        Print it, or read `backend` and `verdicts`. The chosen backend's verdict has the `path` that it takes, where it
+        has several: which kernel, and why not a faster one.
 
     Raises
     ------
@@ -56,10 +57,11 @@ def explain(
     chosen: str | None = None
     for candidate in asked:
         reason = dispatch.weigh(candidate, request)
-        takes_it = not reason and chosen is None
-        if takes_it:
+        if not reason and chosen is None:
             chosen = candidate.name
-        verdicts.append(Verdict(candidate.name, takes_it, reason or ("" if takes_it else "would compute it as well")))
+            verdicts.append(Verdict(chosen, True, "", dispatch.path(candidate, request)))
+        else:
+            verdicts.append(Verdict(candidate.name, False, reason or "would compute it as well"))
     return Explanation(str(request), chosen, tuple(verdicts))
 
 

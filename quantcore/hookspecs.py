@@ -129,7 +129,7 @@ class Call:
         Device of x, or of the weight where there is no x; None where unknown.
     precision : {"default", "highest", "fast"}
     x_shape, w_shape : tuple of int or None
-        Logical shapes, for backends that declare `shape_dependent`.
+        Logical shapes, for backends that declare `shape_dependent`, and for `describe`.
     """
 
     scheme: "Scheme"
@@ -178,6 +178,19 @@ class Backend:
 
         The answer is kept: it must depend on the arguments alone, and on shapes only with `shape_dependent` declared.
         For ``"prepack"``, a layout of the backend's own means `canonical`.
+
+        Parameters
+        ----------
+        op : {"quantize", "dequantize", "dot", "take", "gather_dot", "prepack"}
+        call : Call
+        """
+
+    @hookspec
+    def describe(self, op: str, call: Call) -> str:  # type: ignore[empty-body]
+        """How the backend computes a call that it supports, for ``quantcore.explain``.
+
+        One sentence without a full stop: which of its kernels, and why not a faster one. It is asked for nothing else,
+        so that the call has its shapes, whatever `shape_dependent` says. Empty where there is nothing to tell.
 
         Parameters
         ----------
@@ -313,4 +326,4 @@ class Backend:
 
 
 REQUIRED_HOOKS: Final = ("backend_info", "supports", "quantize", "dequantize", "dot")
-OPTIONAL_HOOKS: Final = ("prepare", "take", "gather_dot", "prepack", "canonical", "from_numpy", "to_numpy")
+OPTIONAL_HOOKS: Final = ("prepare", "describe", "take", "gather_dot", "prepack", "canonical", "from_numpy", "to_numpy")

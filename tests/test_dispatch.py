@@ -519,6 +519,34 @@ def test_explain_of_a_call_that_raises_says_why() -> None:
     assert "'nonesuch'" in str(explanation)
 
 
+class Describing(Marked):
+    """A backend that says how it computes."""
+
+    def __init__(self, name: str, words: Any, **options: Any) -> None:
+        super().__init__(name, **options)
+        self.words = words
+
+    @qc.hookimpl
+    def describe(self, op: str, call: Call) -> str:
+        return self.words(op, call)  # type: ignore[no-any-return]
+
+
+def test_explain_shows_the_path_of_the_chosen_backend_alone(spoil: pytest.MonkeyPatch) -> None:
+    qc.register(Describing("one", lambda op, call: f"{op} of {call.x_shape} by {call.w_shape}"))
+    qc.register(Describing("two", lambda op, call: "never asked", priority=50))
+    explanation = qc.explain("dot", X, QW)
+    assert [v.path for v in explanation.verdicts][:2] == ["dot of (3, 64) by (5, 64)", ""]
+    assert str(explanation).splitlines()[1] == " → one: computes it: dot of (3, 64) by (5, 64)"
+    assert "never asked" in str(qc.explain("dot", X, QW, backend="two"))
+
+
+def test_explain_survives_a_describe_that_fails(spoil: pytest.MonkeyPatch) -> None:
+    qc.register(Describing("one", lambda op, call: call.nonesuch))
+    explanation = qc.explain("dot", X, QW)
+    assert explanation.backend == "one"
+    assert "describe() raised AttributeError" in str(explanation)
+
+
 def test_explain_is_true(lib: Any) -> None:
     for group in (16, 32):
         x, qw = lib.array(X), qc.quantize(W, group_size=group).to(lib.name)

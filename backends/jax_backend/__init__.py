@@ -53,6 +53,13 @@ class JAXBackend:
         return True
 
     @hookimpl
+    def describe(self, op: str, call: Call) -> str:
+        """Which path concrete arrays take and which one a trace, with the reason of a slower one."""
+        from quantcore_backends.jax_backend import paths
+
+        return paths.described(op, call)
+
+    @hookimpl
     def quantize(self, w: Array, scheme: Scheme) -> tuple[Array, Array, Array]:
         """Encode along the last axis; concrete arrays on the CPU bit for bit as NumPy's are."""
         from quantcore_backends import cpu_kernels

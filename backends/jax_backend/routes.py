@@ -13,7 +13,7 @@ from quantcore_backends.cpu_kernels.compiled import FEW_ROWS
 from quantcore_backends.jax_backend import tiles
 from quantcore_backends.jax_backend.ffi import targets
 
-__all__ = ["on_cpu"]
+__all__ = ["XLA_TILES", "described", "on_cpu"]
 
 Array = Any
 
@@ -29,6 +29,14 @@ _TABLE: Final = (
 )
 """The first line that fits has it, "" being anything; else a target makes rows dense for XLA's own dot."""
 _WIDTHS: Final = {"rounded": 16, "rounded_first_to_bytes": 8}
+
+XLA_TILES: Final = "XLA makes tiles of the weight dense and multiplies them"
+_IN_WORDS: Final = {
+    "few_rows": "a compiled kernel multiplies x in float32",
+    "rounded": "a compiled kernel multiplies x rounded to 16-bit integers",
+    "rounded_first_to_bytes": "a compiled kernel multiplies x rounded to 8-bit integers, or to 16-bit ones where those "
+    "lose too much",
+}
 
 
 def on_cpu(
@@ -53,6 +61,21 @@ def on_cpu(
         return targets.decode(leaves, jnp.stack([weight, first]), rows, scheme, columns)
 
     return tiles.product(x, leaves, which, scheme, columns, along_rows=along_rows, precision=precision, decode=decode)
+
+
+def described(scheme: Scheme, dtype: np.dtype[Any], rows: int, *, along_rows: bool, precision: str) -> str:
+    """What `on_cpu` does with so many rows of x in that dtype, in words, with the reason where it is slower."""
+    reason = targets.unusable()
+    if dtype != np.float32:
+        reason = f"the compiled kernels multiply in float32, not in {dtype.name}"
+    if reason:
+        return f"{XLA_TILES}, more slowly: {reason}"
+    kernel = _kernel(precision, _sharing(scheme, along_rows), rows)
+    return _IN_WORDS.get(
+        kernel,
+        f"a compiled kernel makes tiles of the weight dense and XLA multiplies them, since x has {rows} rows and a "
+        f"kernel alone multiplies at most {FEW_ROWS}",
+    )
 
 
 @cache

@@ -45,6 +45,22 @@ class TorchBackend:
         return True if call.layout == "row" else f"knows the layout 'row' only, not {call.layout!r}"
 
     @hookimpl
+    def describe(self, op: str, call: Call) -> str:
+        """The CPU kernels, or tiles of the weight on other devices, with the reason of the slower path."""
+        from quantcore_backends.cpu_kernels import compiled
+
+        if call.device not in (None, "cpu"):
+            return (
+                f"plain torch operations, a tile of the weight at a time: our kernels are for CPUs, not {call.device}"
+            )
+        if not compiled.available():
+            return (
+                "our CPU kernels in NumPy alone, more slowly: Numba is not there, or QUANTCORE_COMPILED is 0; "
+                'pip install "quantcore-arrays[fast]"'
+            )
+        return "our compiled CPU kernels"
+
+    @hookimpl
     def quantize(self, w: Array, scheme: Scheme) -> tuple[Array, Array, Array]:
         """``quantcore::quantize``."""
         packed, scales, biases = self._ops.quantize(w, str(scheme))

@@ -22,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import quantcore as qc
 from quantcore.testing import oracle
+from quantcore_backends.cpu_kernels import compiled
 from quantcore_backends.torch_backend import cpu, matmul, tiles
 
 torch.manual_seed(0)
@@ -232,6 +233,16 @@ def test_only_the_operator_is_left_in_the_graph() -> None:
     graph = make_fx(lambda x: qc.dot(x, WEIGHT))(X)
     called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
     assert called == [torch.ops.quantcore.dot.default]
+
+
+def test_explain_says_why_a_path_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU without Numba, and on other devices: here meta's, whose tensors have no values."""
+    leaves, rebuild = WEIGHT.flatten()
+    elsewhere = rebuild([leaf.to("meta") for leaf in leaves])
+    assert "torch: computes it: our compiled CPU kernels" in str(qc.explain("dot", X, WEIGHT))
+    assert "kernels are for CPUs, not meta" in str(qc.explain("dot", X.to("meta"), elsewhere))
+    monkeypatch.setattr(compiled, "available", lambda: False)
+    assert "in NumPy alone, more slowly: Numba" in str(qc.explain("dot", X, WEIGHT))
 
 
 def test_export() -> None:
