@@ -439,7 +439,7 @@ def _checked_axis(w: Any, axis: Any) -> int:
 
 def _indices(op: str, indices: Any, length: int, like: Any) -> tuple[Any, Any]:
     """Namespace, and the indices as an integer array of like's library."""
-    xp = arrays.plain_namespace(like)
+    xp = _namespace(op, like)
     if not arrays.is_array(indices):
         known = np.asarray(indices)
         if known.size == 0:
@@ -463,6 +463,16 @@ def _indices(op: str, indices: Any, length: int, like: Any) -> tuple[Any, Any]:
     return xp, indices
 
 
+def _namespace(op: str, like: Any) -> Any:
+    try:
+        return arrays.plain_namespace(like)
+    except TypeError:
+        raise TypeError(
+            f"{op}: the weight is made of {type(like).__module__}.{type(like).__qualname__}, which has no values; give "
+            "it arrays, or pass it as an argument to a function that is traced, as by jax.eval_shape"
+        ) from None
+
+
 def _constant(xp: Any, values: np.ndarray[Any, Any], like: Any) -> Any:
     """`values` in the library and on the device of `like`."""
     if hasattr(like, "device"):
@@ -479,7 +489,7 @@ def _check_integer(op: str, indices: Any) -> None:
 def _flat_indices(op: str, indices: Any, shape: tuple[int, ...], like: Any) -> Any:
     count = math.prod(shape)
     if indices is None:
-        return _constant(arrays.plain_namespace(like), np.arange(count).reshape(shape), like)
+        return _constant(_namespace(op, like), np.arange(count).reshape(shape), like)
     return _indices(op, indices, count, like)[1]
 
 

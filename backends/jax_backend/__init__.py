@@ -26,7 +26,7 @@ class JAXBackend:
             api_version=1,
             name="jax",
             library="jax",
-            array_types=("jax:Array",),
+            array_types=("jax:Array", "jax:ShapeDtypeStruct"),
             requires=("jax",),
             install_hint='pip install "quantcore-arrays[jax]" (for a GPU: pip install "jax[cuda13]")',
             priority=10,
@@ -73,6 +73,9 @@ class JAXBackend:
     @hookimpl
     def dequantize(self, qw: QuantizedTensor, dtype: str) -> Array:
         """Decode the whole weight."""
+        from quantcore_backends.jax_backend import eager
+
+        eager.check_values("dequantize", qw)
         return _decoded(qw, qw.flatten()[0], dtype)
 
     @hookimpl
@@ -81,6 +84,7 @@ class JAXBackend:
         from quantcore_backends import cpu_kernels
         from quantcore_backends.jax_backend import eager, products
 
+        eager.check_values("dot", qw)
         wanted = _available(dtype)
         if eager.concrete(x, *qw.flatten()[0]):
             return eager.like(cpu_kernels.dot(np.asarray(x), eager.viewed(qw), wanted, precision), x)

@@ -7,7 +7,7 @@ import numpy as np
 
 from quantcore import QuantizedTensor
 
-__all__ = ["concrete", "from_numpy", "like", "viewed"]
+__all__ = ["check_values", "concrete", "from_numpy", "like", "viewed"]
 
 Array = Any
 
@@ -22,6 +22,15 @@ def concrete(*arrays: Array) -> bool:
         if len(devices) != 1:
             return False
     return next(iter(devices)).platform == "cpu"
+
+
+def check_values(op: str, qw: QuantizedTensor) -> None:
+    """TypeError where the weight says what it is like alone, to be traced with."""
+    if isinstance(qw.packed, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"{op}: the weight ({qw.scheme}, shape {qw.shape}) is made of jax.ShapeDtypeStruct, which have no values; "
+            "pass it as an argument to jax.eval_shape or to jax.jit(...).lower, whose function then calls this"
+        )
 
 
 def viewed(qw: QuantizedTensor) -> QuantizedTensor:

@@ -69,9 +69,8 @@ def test_a_layer_of_a_stack_is_not_sliced_out(case: Any) -> None:
 
 
 @pytest.mark.parametrize("along_rows", [False, True])
-def test_the_weight_is_dense_in_tiles_only(case: Any, along_rows: bool) -> None:
+def test_the_weight_is_dense_in_tiles_only(along_rows: bool) -> None:
     """Of what runs on GPUs, and of many rows of x on the CPU: 64 MiB of weight, and far less memory."""
-    case()  # structs are no arrays of JAX's: the first tensor over those tells JAX of tensors
     rows, columns = 4096, 4096
     scheme = qc.Scheme(bits=4, group_size=64)
     leaves = (
@@ -336,3 +335,41 @@ def test_every_way_of_making_a_tensor_makes_it_a_pytree(made: str) -> None:
         print(jax.jit(lambda x, w: x @ w.mT)(jnp.ones((2, 128)), qw).shape)
     """
     assert run(code).strip() == "(2, 24)"
+
+
+@pytest.mark.parametrize("scheme", ["affine-int4-g64", "mxfp4"])
+@pytest.mark.parametrize("made", ["qc.QuantizedTensor(*leaves, None, scheme, 128)", "jax.eval_shape(qc.quantize, w)"])
+def test_a_weight_of_structs_is_lowered_for_in_a_fresh_process(scheme: str, made: str) -> None:
+    """Ahead of time: nothing of JAX's backend was used before, and no array is made."""
+    code = f"""
+        import numpy as np, jax, quantcore as qc
+        scheme, struct = qc.Scheme.parse({scheme!r}), jax.ShapeDtypeStruct
+        kind = np.float32 if scheme.has_biases else np.uint8
+        scales = struct(scheme.scales_shape((24, 128)), kind)
+        leaves = (struct(scheme.packed_shape((24, 128)), np.uint32), scales)
+        w, x = struct((24, 128), np.float32), struct((2, 128), np.float32)
+        qw = {made}
+        lowered, traced = jax.jit(qc.dot).lower(x, qw), jax.eval_shape(qc.dot, x, qw)
+        print(lowered.out_info.shape, traced.shape, len(jax.tree.leaves(qw)))
+    """
+    if scheme == "affine-int4-g64":
+        code = code.replace("*leaves, None", "*leaves, scales")
+    code = code.replace("jax.eval_shape(qc.quantize, w)", "jax.eval_shape(lambda w: qc.quantize(w, scheme), w)")
+    leaves = 2 if scheme == "mxfp4" else 3
+    assert run(code).strip() == f"(2, 24) (2, 24) {leaves}"
+
+
+def test_a_weight_of_structs_has_no_values(case: Any) -> None:
+    it = case(shape=(2, 24, 128))
+    structs = jax.eval_shape(lambda qw: qw, it.qw)
+    calls = {
+        "dequantize": lambda: qc.dequantize(structs),
+        "dot": lambda: qc.dot(it.x, structs),
+        "take": lambda: qc.take(structs, jnp.arange(2)),
+        "gather_dot": lambda: qc.gather_dot(jnp.ones((1, 3, 128)), structs, 0, 1),
+    }
+    for op, call in calls.items():
+        with pytest.raises(
+            TypeError, match=rf"{op}: the weight .*ShapeDtypeStruct, which ha.*no values.*jax\.eval_shape"
+        ):
+            call()
