@@ -68,47 +68,61 @@ def _flatten_with_keys(qw: QuantizedTensor) -> tuple[list[Any], _Static]:
     return list(zip(keys, leaves, strict=False)), static  # biases may be missing
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _scheme_of(name: str) -> Scheme:
+    # Dynamo would follow it into a lock, where strict export has weights among its inputs.
+    return Scheme.parse(name)
+
+
 def _unflatten(leaves: Any, static: _Static) -> QuantizedTensor:
     scheme, in_features, dtype, layout, transposed = static
     packed, scales, *biases = leaves
     bias = biases[0] if biases else None
     return QuantizedTensor(
-        packed, scales, bias, Scheme.parse(scheme), in_features, dtype=dtype, layout=layout, transposed=transposed
+        packed, scales, bias, _scheme_of(scheme), in_features, dtype=dtype, layout=layout, transposed=transposed
     )
 
 
-# What nonstrict_trace returns is what Dynamo leaves closed; the functions below it are what it finds in place of ours.
-# It takes no None, so that options that weren't given are left out.
-_closed_dot = torch._dynamo.nonstrict_trace(quantcore.dot)
-_closed_matmul = torch._dynamo.nonstrict_trace(quantcore.matmul)
-_closed_tensordot = torch._dynamo.nonstrict_trace(quantcore.tensordot)
-_closed_take = torch._dynamo.nonstrict_trace(quantcore.take)
-_closed_gather_dot = torch._dynamo.nonstrict_trace(quantcore.gather_dot)
-_closed_dequantize = torch._dynamo.nonstrict_trace(quantcore.dequantize)
+# Dynamo puts an allowed function into its graph as it is, if its arguments are tensors and constants, in tuples and
+# dicts at most. So tensors are taken apart before, in what stands in for our functions, and put together in `_closed`.
 
 
-def _given(**options: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
+def _closed(name: str, operands: tuple[Any, ...], statics: tuple[_Static | None, ...], options: dict[str, Any]) -> Any:
+    whole = [
+        operand if static is None else _unflatten(operand, static)
+        for operand, static in zip(operands, statics, strict=True)
+    ]
+    return getattr(quantcore, name)(*whole, **options)
+
+
+torch.compiler.allow_in_graph(_closed)
+
+
+def _call(name: str, operands: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    parts = [_flatten(each) if isinstance(each, QuantizedTensor) else (each, None) for each in operands]
+    return _closed(name, tuple(part[0] for part in parts), tuple(part[1] for part in parts), options)
 
 
 def _dot(
     x: Any, w: Any, /, *, axes: Any = None, out_dtype: Any = None, precision: Any = None, backend: Any = None
 ) -> Any:
-    return _closed_dot(x, w, **_given(axes=axes, out_dtype=out_dtype, precision=precision, backend=backend))
+    return _call("dot", (x, w), {"axes": axes, "out_dtype": out_dtype, "precision": precision, "backend": backend})
 
 
 def _matmul(x: Any, w: Any, /, *, out_dtype: Any = None, precision: Any = None, backend: Any = None) -> Any:
-    return _closed_matmul(x, w, **_given(out_dtype=out_dtype, precision=precision, backend=backend))
+    return _call("matmul", (x, w), {"out_dtype": out_dtype, "precision": precision, "backend": backend})
 
 
 def _tensordot(
     x: Any, w: Any, /, *, axes: Any = 2, out_dtype: Any = None, precision: Any = None, backend: Any = None
 ) -> Any:
-    return _closed_tensordot(x, w, **_given(axes=axes, out_dtype=out_dtype, precision=precision, backend=backend))
+    return _call(
+        "tensordot", (x, w), {"axes": axes, "out_dtype": out_dtype, "precision": precision, "backend": backend}
+    )
 
 
 def _take(qw: Any, indices: Any, /, axis: int = 0, *, out_dtype: Any = None, backend: Any = None) -> Any:
-    return _closed_take(qw, indices, axis, **_given(out_dtype=out_dtype, backend=backend))
+    return _call("take", (qw, indices), {"axis": axis, "out_dtype": out_dtype, "backend": backend})
 
 
 def _gather_dot(
@@ -122,12 +136,12 @@ def _gather_dot(
     precision: Any = None,
     backend: Any = None,
 ) -> Any:
-    indices = _given(lhs_indices=lhs_indices, rhs_indices=rhs_indices)
-    return _closed_gather_dot(x, qw, **indices, **_given(out_dtype=out_dtype, precision=precision, backend=backend))
+    options = {"out_dtype": out_dtype, "precision": precision, "backend": backend}
+    return _call("gather_dot", (x, qw, lhs_indices, rhs_indices), options)
 
 
 def _dequantize(qw: Any, /, *, dtype: Any = None, backend: Any = None) -> Any:
-    return _closed_dequantize(qw, **_given(dtype=dtype, backend=backend))
+    return _call("dequantize", (qw,), {"dtype": dtype, "backend": backend})
 
 
 _namespace = quantcore.array_namespace(torch.empty(0))

@@ -275,8 +275,10 @@ def test_compile(model: Language, backend: str) -> None:
     close(functional(x), x @ model.up.weight.dequantize().mT)
 
 
-def test_export(model: Language) -> None:
-    program = torch.export.export(model, (TOKENS,))
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(model: Language, strict: bool) -> None:
+    torch._dynamo.reset()
+    program = torch.export.export(model, (TOKENS,), strict=strict)
     called = [str(node.target) for node in program.graph.nodes if "quantcore" in str(node.target)]
     assert called == ["quantcore.take.default", "quantcore.dot.default", "quantcore.dot.default"]
     close(program.module()(TOKENS), model(TOKENS))

@@ -245,13 +245,35 @@ def test_explain_says_why_a_path_is_slower(monkeypatch: pytest.MonkeyPatch) -> N
     assert "in NumPy alone, more slowly: Numba" in str(qc.explain("dot", X, WEIGHT))
 
 
-def test_export() -> None:
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict: bool) -> None:
+    """Strictly as well, which is by Dynamo."""
+    torch._dynamo.reset()
     batch = torch.export.Dim("batch", min=2)
-    program = torch.export.export(Closed(), (X,), dynamic_shapes=({0: batch},))
+    program = torch.export.export(Closed(), (X,), dynamic_shapes=({0: batch},), strict=strict)
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert targets == ["quantcore.dot.default", "aten.tanh.default"]
     more = torch.randn(7, 64)
     close(program.module()(more), torch.tanh(more @ DENSE.float().mT))
+
+
+class Open(torch.nn.Module):
+    """A function of x and weights."""
+
+    def forward(self, x: torch.Tensor, qw: qc.QuantizedTensor, stack: qc.QuantizedTensor) -> torch.Tensor:
+        experts = qc.gather_dot(x[None], stack, rhs_indices=torch.tensor([3, 1]))
+        return qc.dot(x, qw, precision="highest") + experts[1] + qc.take(qw, [2, 0]).sum()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_with_weights_as_inputs(strict: bool) -> None:
+    torch._dynamo.reset()
+    program = torch.export.export(Open(), (X, WEIGHT, STACK), strict=strict)
+    called = [str(node.target) for node in program.graph.nodes if "quantcore" in str(node.target)]
+    assert called == ["quantcore.gather_dot.default", "quantcore.dot.default", "quantcore.take.default"]
+    other = qc.quantize(torch.randn(24, 64), bits=4, group_size=32)
+    wanted = X @ (other.dequantize() + STACK.dequantize()[1]).mT + other.dequantize()[[2, 0]].sum()
+    close(program.module()(X, other, STACK), wanted)
 
 
 def test_dynamic_shapes() -> None:
