@@ -73,27 +73,34 @@ class JAXBackend:
     @hookimpl
     def dequantize(self, qw: QuantizedTensor, dtype: str) -> Array:
         """Decode the whole weight."""
-        from quantcore_backends.jax_backend import eager
+        from quantcore_backends.jax_backend import eager, explicit
 
         eager.check_values("dequantize", qw)
-        return _decoded(qw, qw.flatten()[0], dtype)
+        leaves = qw.flatten()[0]
+        if eager.concrete(*leaves):
+            return _decoded(qw, leaves, dtype)
+        return explicit.within(
+            lambda *leaves: _decoded(qw, leaves, dtype), lambda: explicit.axes_of(qw.packed), *leaves
+        )
 
     @hookimpl
     def dot(self, x: Array, qw: QuantizedTensor, dtype: str, precision: str) -> Array:
         """Product of x with the weight, either way round."""
         from quantcore_backends import cpu_kernels
-        from quantcore_backends.jax_backend import eager, products
+        from quantcore_backends.jax_backend import eager, explicit, products
 
         eager.check_values("dot", qw)
         wanted = _available(dtype)
         if eager.concrete(x, *qw.flatten()[0]):
             return eager.like(cpu_kernels.dot(np.asarray(x), eager.viewed(qw), wanted, precision), x)
-        return products.dot(x, qw, wanted, precision=precision)
+        return explicit.within(
+            lambda x, qw: products.dot(x, qw, wanted, precision=precision), lambda: explicit.dot_axes(x, qw), x, qw
+        )
 
     @hookimpl
     def take(self, qw: QuantizedTensor, indices: Array, axis: int, dtype: str) -> Array:
         """Gather packed slices, then decode those; where indices are traced, NaN for one out of range."""
-        from quantcore_backends.jax_backend import eager, products
+        from quantcore_backends.jax_backend import eager, explicit, products
 
         _available(dtype)
         if eager.concrete(indices, *qw.flatten()[0]):
@@ -101,9 +108,13 @@ class JAXBackend:
             products.check_indices(where, qw.shape[axis])
             leaves = tuple(eager.like(np.take(np.asarray(leaf), where, axis=axis), leaf) for leaf in qw.flatten()[0])
             return _decoded(qw, leaves, dtype)
-        places, inside = products.in_range(indices, qw.shape[axis])
-        leaves = tuple(products.take(leaf, places, axis) for leaf in qw.flatten()[0])
-        return products.nan_outside(_decoded(qw, leaves, dtype), inside, axis)
+
+        def taken(qw: QuantizedTensor, indices: Array) -> Array:
+            places, inside = products.in_range(indices, qw.shape[axis])
+            leaves = tuple(products.take(leaf, places, axis) for leaf in qw.flatten()[0])
+            return products.nan_outside(_decoded(qw, leaves, dtype), inside, axis)
+
+        return explicit.within(taken, lambda: explicit.taken_axes(qw, indices, axis), qw, indices)
 
     @hookimpl
     def gather_dot(
@@ -111,13 +122,19 @@ class JAXBackend:
     ) -> Array:
         """Products of chosen matrices, which the kernels find in the stack: no weight is copied."""
         from quantcore_backends import cpu_kernels
-        from quantcore_backends.jax_backend import eager, products
+        from quantcore_backends.jax_backend import eager, explicit, products
 
         wanted = _available(dtype)
         if eager.concrete(x, lhs_indices, rhs_indices, *qw.flatten()[0]):
             lhs, rhs = np.asarray(lhs_indices), np.asarray(rhs_indices)
             return eager.like(cpu_kernels.gather_dot(np.asarray(x), eager.viewed(qw), lhs, rhs, wanted, precision), x)
-        return products.gather_dot(x, qw, lhs_indices, rhs_indices, wanted, precision=precision)
+
+        def gathered(x: Array, qw: QuantizedTensor, lhs: Array, rhs: Array) -> Array:
+            return products.gather_dot(x, qw, lhs, rhs, wanted, precision=precision)
+
+        pairs = max(len(lhs_indices.shape), len(rhs_indices.shape))
+        lie = (x, qw, pairs)
+        return explicit.within(gathered, lambda: explicit.gathered_axes(*lie), x, qw, lhs_indices, rhs_indices)
 
     @hookimpl
     def from_numpy(self, array: np.ndarray[Any, Any], device: Any) -> Array:

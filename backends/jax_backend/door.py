@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import quantcore
 from quantcore import QuantizedTensor, Scheme
 from quantcore_backends.cpu_kernels import integer
+from quantcore_backends.jax_backend import explicit
 from quantcore_backends.jax_backend.ffi import targets
 from quantcore_backends.jax_backend.sharding import shard
 
@@ -48,9 +49,13 @@ def layer_dot(x: Array, stack: QuantizedTensor, layer: Any, /, **options: Any) -
     layer = jnp.asarray(layer)
     if layer.ndim or not jnp.issubdtype(layer.dtype, jnp.integer):
         raise TypeError(f"layer_dot: layer must be one integer, not {layer.dtype} of shape {layer.shape}")
-    rows = x.reshape(1, -1, x.shape[-1])
-    made = quantcore.gather_dot(rows, stack, jnp.zeros((), jnp.int32), layer, **options)
-    return made.reshape(*x.shape[:-1], made.shape[-1])
+
+    def multiplied(x: Array, stack: QuantizedTensor, layer: Array) -> Array:
+        rows = x.reshape(1, -1, x.shape[-1])
+        made = quantcore.gather_dot(rows, stack, jnp.zeros((), jnp.int32), layer, **options)
+        return made.reshape(*x.shape[:-1], made.shape[-1])
+
+    return explicit.within(multiplied, lambda: explicit.layer_axes(x, stack), x, stack, layer)
 
 
 def load(scheme: Scheme | str, dtype: Any = "float32") -> None:

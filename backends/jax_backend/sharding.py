@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from quantcore import QuantizedTensor
+from quantcore_backends.jax_backend import explicit
 from quantcore_backends.jax_backend.partition import axis_names, device_count, unit
 
 __all__ = ["shard"]
@@ -17,7 +18,8 @@ def shard(qw: QuantizedTensor, mesh: Mesh, spec: PartitionSpec) -> QuantizedTens
 
     ``quantcore.dot`` with it, under plain ``jax.jit``, is then computed where the parts are. Along the out-features
     each device has its columns of the result; along the in-features the parts' results are added up. The weight itself
-    never moves.
+    never moves. Where the mesh has explicit axes, the results' types say so; jit or not, products, ``take`` and
+    ``dequantize`` need no ``out_sharding``.
 
     Parameters
     ----------
@@ -37,6 +39,7 @@ def shard(qw: QuantizedTensor, mesh: Mesh, spec: PartitionSpec) -> QuantizedTens
     ------
     TypeError, ValueError
         If an axis isn't divided into whole parts: along the groups, a part is of whole groups and whole 32-bit words.
+        ValueError also for microscaled weights on a mesh with explicit axes.
     """
     if not isinstance(qw, QuantizedTensor):
         raise TypeError(f"shard: takes a QuantizedTensor, not {type(qw).__name__}; call quantcore.quantize first")
@@ -46,6 +49,11 @@ def shard(qw: QuantizedTensor, mesh: Mesh, spec: PartitionSpec) -> QuantizedTens
         )
     if not isinstance(spec, PartitionSpec):
         raise TypeError(f"shard: spec must be a jax.sharding.PartitionSpec, not {type(spec).__name__}")
+    if not qw.scheme.has_biases and explicit.has_explicit_axes(mesh):
+        raise ValueError(
+            f"shard: {qw.scheme} is computed in array-API code, which can't say how its results lie, as {mesh} wants "
+            f"of a weight of shape {qw.shape}; make the mesh with axis_types=(jax.sharding.AxisType.Auto,) * its axes"
+        )
     qw = qw.canonical()
     rows, columns = _stored_axes(qw, mesh, spec)
     groups = None if qw.scheme.group_size is None else columns

@@ -90,6 +90,75 @@ _EIGHT = """
     print("checked", checked)
 """
 
+_EXPLICIT = """
+    from jax.sharding import AxisType
+    axes = (AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=axes)
+    if sys.argv[1] == "context":
+        jax.set_mesh(mesh)
+    checked = 0
+    def put(x, *spec):
+        return jax.device_put(x, NamedSharding(mesh, P(*spec)))
+    def lies(y, *spec):
+        assert jax.typeof(y).sharding.spec == P(*spec), jax.typeof(y)
+        return y
+    def inside(function, *spec):  # what types say inside of a trace is what is there
+        return lambda *operands: lies(jax.jit(lambda *traced: lies(function(*traced), *spec))(*operands), *spec)
+    for scheme in ("affine-int4-g64", "affine-int8-row"):
+        qw = qc.quantize(jnp.asarray(w), scheme)
+        exact = np.asarray(qw.dequantize(), np.float64)
+        for spec in (P("model", None), P(None, "model"), P("data", "model")):
+            placed = quantcore.jax.shard(qw, mesh, spec)
+            batch = None if "data" in spec else "data"
+            assert error(inside(qc.dequantize, *spec)(placed), exact) < 1e-12
+            assert error(qc.dequantize(placed), exact) < 1e-12
+            indices = jnp.array([[3, 1], [0, 63]])
+            assert error(inside(qc.take, None, None, spec[1])(placed, indices), exact[np.array(indices)]) < 1e-12
+            for rows in (2, 40):  # by a kernel, and in tiles
+                for flip in (False, True):
+                    x = random.standard_normal((2, rows, 64 if flip else 1024)).astype(np.float32)
+                    tensor, true = (placed.mT, x @ exact) if flip else (placed, x @ exact.T)
+                    kept, summed = spec[::-1] if flip else spec
+                    xd = put(x, "data", None, None)
+                    dot = inside(qc.dot, batch, None, kept)
+                    assert error(dot(xd, tensor), true) < 1e-8, (scheme, spec, rows, flip)
+                    assert error(inside(qc.dot, None, None, kept)(put(x, None, None, "model"), tensor), true) < 1e-8
+                    assert error(inside(qc.dot, None, None, kept)(x, tensor), true) < 1e-8
+                    assert error(inside(qc.dot, kept)(put(x[0, 0], summed), tensor), true[0, 0]) < 1e-8
+                    assert error(lies(qc.dot(xd, tensor), batch, None, kept), true) < 1e-8
+                    if "data" not in spec:
+                        found = collectives(jax.jit(qc.dot).lower(xd, tensor).compile())
+                        assert set(found) == ({"all-reduce"} if summed else set()), found
+                    if batch:
+                        mapped = jax.vmap(qc.dot, (0, None))
+                        assert error(inside(mapped, batch, None, kept)(xd, tensor), true) < 1e-8
+                    gradient = jax.jit(jax.grad(lambda x, w: (qc.dot(x, w) ** 2).sum()))
+                    back = true @ (exact.T if flip else exact) * 2
+                    assert error(lies(gradient(xd, tensor), "data", None, None), back) < 1e-8
+                    checked += 1
+    # stacks: all of it, one layer, chosen pairs
+    stack = qc.quantize(jnp.asarray(np.stack([w, 2 * w])), "affine-int4-g64")
+    exact = np.asarray(stack.dequantize(), np.float64)
+    layers = quantcore.jax.shard(stack, mesh, P(None, "model", None))
+    x = random.standard_normal((2, 3, 1024)).astype(np.float32)
+    xd, one = put(x, "data", None, None), put(x[0], None, None)
+    assert error(inside(qc.dot, None, None, "model")(one, layers), x[0] @ exact.transpose(0, 2, 1)) < 1e-8
+    layer = inside(lambda x, w: quantcore.jax.layer_dot(x, w, jnp.int32(1)), "data", None, "model")
+    assert error(layer(xd, layers), x @ exact[1].T) < 1e-8
+    left, right = jnp.array([1, 0]), jnp.array([[0], [1]])
+    pairs = inside(lambda x, w: qc.gather_dot(x, w, left, right), None, None, None, "model")
+    assert error(pairs(xd, layers), x[None, [1, 0]] @ exact[:, None].transpose(0, 1, 3, 2)) < 1e-8
+    # what isn't divided lies as x does, and array-API code can't say how its results lie
+    whole = qc.quantize(jnp.asarray(w), "affine-int4-g64")
+    assert error(inside(qc.dot, "data", None, None)(xd, jax.device_put(whole, NamedSharding(mesh, P()))),
+                 x @ exact[0].T) < 1e-8
+    try:
+        quantcore.jax.shard(qc.quantize(w, "mxfp4").to("jax"), mesh, P("model", None))
+    except ValueError as problem:
+        assert "mxfp4" in str(problem) and "AxisType.Auto" in str(problem), problem
+        print("checked", checked)
+"""
+
 _TWO = """
     place, port = int(sys.argv[1]), sys.argv[2]
     jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=place)
@@ -132,6 +201,14 @@ def finished(process: subprocess.Popen[str], seconds: float) -> str:
 
 def test_eight_devices_of_one_host() -> None:
     assert finished(start(_EIGHT, devices=8), 300).split() == ["checked", "36"]
+
+
+@pytest.mark.parametrize("mesh", ["context", "operands"])
+def test_eight_devices_with_explicit_axes(mesh: str) -> None:
+    """The mesh is that of the operands, and in force or not."""
+    if not hasattr(jax.sharding, "auto_axes"):
+        pytest.skip("this JAX has no jax.sharding.auto_axes")
+    assert finished(start(_EXPLICIT, mesh, devices=8), 300).split() == ["checked", "24"]
 
 
 def test_two_processes() -> None:
