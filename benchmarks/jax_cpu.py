@@ -2,12 +2,14 @@
 
 One 4096×4096 weight, int4 in groups of 64, float32 x. Beside the NumPy backend, which runs the same kernels outside of
 JAX; JAX's own dense product; dequantizing inside jit, then a product; the same in tiles; and qwix, where it is
-installed. Errors are the NMSE of the worst row of x against float64, as in peers.py.
+installed. Errors are the NMSE of the worst row of x against float64, as in peers.py. All hold the same weight but for
+qwix's own int4, which is symmetric: its error is that of the product with its own weight.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,10 @@ from peers import GROUP, Candidate, as_numpy, measured, show
 
 SIDE = 4096
 ROWS = (1, 8, 128)
+QWIX_SAME, QWIX_OWN = "jax: qwix, the same weight", "jax: qwix, its own int4"
 
 
-def candidates(x: Any, qw: Any) -> list[Candidate]:
+def candidates(x: Any, qw: Any, weights: dict[str, Any]) -> list[Candidate]:
     """Who multiplies x by the weight; the first is what the ratios are to."""
     import jax
     import jax.numpy as jnp
@@ -51,26 +54,51 @@ def candidates(x: Any, qw: Any) -> list[Candidate]:
         Candidate("jax: dequantize, then dot", lambda: by_decoding(xj, *leaves).block_until_ready(), as_numpy),
         Candidate("jax: the same in tiles", lambda: by_tiles(xj, *leaves).block_until_ready(), as_numpy),
     ]
-    return found + _of_qwix(xj, dense)
+    return found + _of_qwix(xj, weights)
 
 
-def _of_qwix(x: Any, dense: Any) -> list[Candidate]:
-    """qwix's own int4 weight, symmetric in groups: another encoding, so its error stands against another weight."""
+def qwix_weights(w: Any, qw: Any) -> dict[str, Any]:
+    """Weights of qwix, by the candidate's name: the same as ours, and what qwix makes of w; none without qwix."""
     try:
         import qwix
     except ImportError:
-        return []
-    import jax
+        return {}
+    import jax.numpy as jnp
 
-    weight = qwix.quantize(dense, "int4", channelwise_axes=[0], tiled_axes={1: GROUP})
-    product = jax.jit(lambda x, w: qwix.dot_general(x, w, (((1,), (1,)), ((), ()))))
-    return [Candidate("jax: qwix, int4 in groups", lambda: product(x, weight).block_until_ready(), as_numpy)]
+    from quantcore_backends.cpu_kernels import unpack
+
+    packed, scales, biases = qw.flatten()[0]
+    # A bias is a whole number of scales, so that qwix's zero points hold it.
+    zeros = np.where(biases == 0, 0, np.rint(-biases / scales))
+    codes = jnp.asarray(unpack(packed, qw.scheme.bits, qw.in_features), jnp.uint4)
+    same = qwix.QArray(codes, jnp.asarray(scales), jnp.asarray(zeros, jnp.uint4))
+    own = qwix.quantize(jnp.asarray(w), "int4", channelwise_axes=[0], tiled_axes={1: GROUP})
+    return {QWIX_SAME: same, QWIX_OWN: own}
+
+
+def _of_qwix(x: Any, weights: dict[str, Any]) -> list[Candidate]:
+    multiply = _qwix_product() if weights else None
+
+    def candidate(name: str, weight: Any) -> Candidate:
+        return Candidate(name, lambda: multiply(x, weight).block_until_ready(), as_numpy)
+
+    return [candidate(name, weight) for name, weight in weights.items()]
+
+
+def _qwix_product() -> Any:
+    """The linear layer's product as qwix has it: for a float x, it makes the weight dense first."""
+    import jax
+    import qwix
+
+    contracted = (((1,), (1,)), ((), ()))
+    return jax.jit(lambda x, w: qwix.dot_general(x, w, contracted, precision=jax.lax.Precision.HIGHEST))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15, help="measurements of each candidate (default 15)")
     parser.add_argument("--seconds", type=float, default=0.05, help="length of one measurement (default 0.05)")
+    parser.add_argument("--dry", action="store_true", help="nothing is saved")
     options = parser.parse_args()
     import jax
 
@@ -82,22 +110,34 @@ def main() -> None:
     w = rng.standard_normal((SIDE, SIDE), dtype=np.float32)
     qw = quantcore.quantize(w, bits=4, group_size=GROUP)
     exact = oracle.exact_weight(*qw.flatten()[0], qw.scheme, SIDE)
+    weights = qwix_weights(w, qw)
     found: list[Any] = []
     for rows in ROWS:
         x = rng.standard_normal((rows, SIDE), dtype=np.float32)
-        truth = oracle.product(x, exact)
 
-        def error(result: Any, truth: Any = truth, x: Any = x) -> float:
-            return oracle.nmse(as_numpy(result) - truth, truth, x, exact)
+        def against(exact: Any, x: Any = x) -> Callable[[Any], float]:
+            truth = oracle.product(x, exact)
+            return lambda result: oracle.nmse(as_numpy(result) - truth, truth, x, exact)
 
-        lines = measured(candidates(x, qw), error, {"shape": [SIDE, SIDE], "rows": rows}, options)
+        measuring = candidates(x, qw, weights)
+        lines = measured(measuring, against(exact), {"shape": [SIDE, SIDE], "rows": rows}, options)
+        for line, candidate in zip(lines, measuring, strict=True):
+            if candidate.name == QWIX_OWN:
+                line["error"] = float(f"{against(_exact(weights[QWIX_OWN]))(candidate.compute()):.3g}")
         found += lines
         show(f"M = {rows}, weight {SIDE}x{SIDE}, {qw.scheme}", "NMSE", lines)
-    print_table("temporary memory inside jit, M = 1", ("", "MiB"), _memory(qw))
-    save("jax_cpu", {"jax": jax.__version__, "products": found})
+    print_table("temporary memory inside jit, M = 1", ("", "MiB"), _memory(qw, weights))
+    if not options.dry:
+        save("jax_cpu", {"jax": jax.__version__, "products": found})
 
 
-def _memory(qw: Any) -> list[tuple[str, str]]:
+def _exact(weight: Any) -> Any:
+    """A symmetric weight of qwix's in float64."""
+    scales = np.asarray(weight.scale, np.float64)
+    return np.asarray(weight.qvalue).astype(np.float64) * np.repeat(scales, GROUP, axis=1)
+
+
+def _memory(qw: Any, weights: dict[str, Any]) -> list[tuple[str, str]]:
     """What the compiled product needs beyond its operands and its result."""
     import jax
     import jax.numpy as jnp
@@ -109,6 +149,9 @@ def _memory(qw: Any) -> list[tuple[str, str]]:
         "quantcore.dot": jax.jit(quantcore.dot).lower(x, tensor).compile(),
         "dequantize, then dot": jax.jit(lambda x, w: x @ quantcore.dequantize(w).T).lower(x, tensor).compile(),
     }
+    if weights:
+        product = _qwix_product()
+        compiled |= {name.removeprefix("jax: "): product.lower(x, weight).compile() for name, weight in weights.items()}
     return [(name, f"{one.memory_analysis().temp_size_in_bytes / 2**20:.2f}") for name, one in compiled.items()]
 
 
