@@ -172,7 +172,7 @@ def _position_tables(config: Config, start: int, length: int) -> tuple[np.ndarra
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """Give every row a root mean square of 1, then the learned scale."""
     xp = array_namespace(x)
-    return x / xp.sqrt(xp.sum(x * x, axis=-1, keepdims=True) * (1.0 / x.shape[-1]) + eps) * weight
+    return x / xp.sqrt(xp.vecdot(x, x)[..., None] * (1.0 / x.shape[-1]) + eps) * weight
 
 
 def silu(x: Array) -> Array:
