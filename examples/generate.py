@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,12 @@ class Timing:
 
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
-    decode_tokens: int = 0
-    decode_seconds: float = 0.0
+    token_seconds: list[float] = field(default_factory=list)
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens a second, by the median token: the first one may wait for kernels to be compiled."""
+        return 1 / statistics.median(self.token_seconds)
 
 
 def generate(
@@ -52,8 +57,7 @@ def generate(
         if count + 1 < max_tokens:
             began = time.perf_counter()
             logits = model.logits([token], cache)
-            timing.decode_tokens += 1
-            timing.decode_seconds += time.perf_counter() - began
+            timing.token_seconds.append(time.perf_counter() - began)
 
 
 def perplexity(model: LanguageModel, ids: Sequence[int], window: int) -> float:

@@ -82,14 +82,13 @@ def stream(model: LanguageModel, tokens: Iterator[int]) -> Iterator[str]:
 
 
 def summary(backend: str, timing: Timing) -> str:
-    """Say in one line how fast the prompt was read and the answer written."""
+    """Say in one line how fast the prompt was read and the answer written, by the median token."""
     parts = []
-    for name, tokens, seconds in (
-        ("prefill", timing.prefill_tokens, timing.prefill_seconds),
-        ("decode", timing.decode_tokens, timing.decode_seconds),
-    ):
-        if tokens:
-            parts.append(f"{name} {tokens} tokens, {tokens / seconds:.1f} tokens/s")
+    if timing.prefill_tokens:
+        rate = timing.prefill_tokens / timing.prefill_seconds
+        parts.append(f"prefill {timing.prefill_tokens} tokens, {rate:.1f} tokens/s")
+    if timing.token_seconds:
+        parts.append(f"decode {len(timing.token_seconds)} tokens, {timing.decode_rate:.1f} tokens/s")
     return f"{backend}: {'; '.join(parts)}"
 
 
