@@ -95,8 +95,11 @@ def measured(file: Path, repeats: int, libraries: list[str]) -> dict[str, dict[s
         calls = {name: repeated(make(model, ids, precision)) for name, (model, precision) in ways.items()}
         if peer:
             calls["llama.cpp"] = repeated(peer[what])
-        for name, seconds in interleaved(calls, repeats, 0.5, settle).items():
+        taken = interleaved(calls, repeats, 0.5, settle)
+        for name, seconds in taken.items():
             found[name][what] = spread([tokens / value for value in seconds])
+            if peer:
+                found[name][f"{what}_over_llama_cpp"] = spread(np.divide(taken["llama.cpp"], seconds).tolist())
     return found
 
 
@@ -192,8 +195,10 @@ def main() -> None:
     file = fetch_model(source=SMOLLM2) / SMOLLM2.files[0].name
 
     results: dict[str, Any] = {"tokens_per_second": measured(file, options.repeats, options.libraries)}
-    rows = [[name, shown(way["prefill"]), shown(way["decode"])] for name, way in results["tokens_per_second"].items()]
-    print_table(f"tokens per second, prompt of {PREFILL}, {DECODE} written", ["", "prefill", "decode"], rows)
+    columns = list(next(iter(results["tokens_per_second"].values())))
+    rows = [[name, *(shown(way[column]) for column in columns)] for name, way in results["tokens_per_second"].items()]
+    headings = [column.replace("_", " ") for column in columns]
+    print_table(f"tokens per second, prompt of {PREFILL}, {DECODE} written", ["", *headings], rows)
     model = LanguageModel.load(file)
     results["profile_ms"] = profile(model, model.tokenizer.encode(PROMPT * 20)[:PREFILL], options.repeats)
     rows = [[of, part, f"{ms:.2f}"] for of, parts in results["profile_ms"].items() for part, ms in parts.items()]

@@ -27,15 +27,23 @@ _SLOTS: Final = 4096
 _PACKED, _PACKED_BYTES, _SCALES, _BIASES, _SCALE_BYTES, _NEXT, _CANDIDATE = range(0, 56, 8)
 _AT, _PIECE, _AHEAD, _EXPECTED = range(0, 32, 8)
 _table: Final = np.zeros((_SLOTS, 8), np.int64)
-_given = 0
+_given: Final[dict[tuple[int, ...], int]] = {}
+"""Addresses of slots by what is said in them, the oldest first."""
 
 
 def slot_of(packed: int, packed_bytes: int, scales: int, biases: int, scale_bytes: int) -> int:
-    """Address of a slot for a weight whose arrays lie at these addresses."""
-    global _given
-    slot, _given = _table[_given % _SLOTS], _given + 1
-    slot[:] = packed, packed_bytes, scales, biases, scale_bytes, 0, 0, 0
-    return slot.ctypes.data
+    """Address of the slot for a weight whose arrays lie at these addresses."""
+    what = packed, packed_bytes, scales, biases, scale_bytes
+    found = _given.get(what)
+    if found is not None:
+        return found
+    number = len(_given)
+    if number == _SLOTS:
+        oldest = next(iter(_given))
+        number = (_given.pop(oldest) - _table.ctypes.data) // _table.strides[0]
+    _table[number] = *what, 0, 0, 0
+    _given[what] = _table.ctypes.data + number * _table.strides[0]
+    return _given[what]
 
 
 @njit(**_OPTIONS)

@@ -141,7 +141,7 @@ class Weight:
     in_features : int
     """
 
-    __slots__ = ("_held", "addresses", "geometry", "packed", "slot")
+    __slots__ = ("_held", "_plans", "addresses", "geometry", "packed", "slot")
 
     def __init__(self, packed: Array, scales: Array, biases: Array, scheme: Scheme, in_features: int) -> None:
         dtype = scales.dtype if scales.dtype == biases.dtype and scales.dtype in _KINDS else _FLOAT32
@@ -154,13 +154,18 @@ class Weight:
         (rows, words), groups = self.packed.shape, scales.shape[1]
         rows_apart = self.packed.strides[0], scales.strides[0]
         self.geometry = _Geometry(scheme, in_features, rows, words, groups, *rows_apart, _KINDS[dtype])
-        self.slot = 0
+        sizes = rows * rows_apart[0], rows * rows_apart[1]
+        self.slot = _compiled().ahead.slot_of(self.addresses[0], sizes[0], *self.addresses[1:], sizes[1])
+        self._plans: dict[tuple[int, int], _Plan] = {}
 
-    def expect(self) -> None:
-        """Give it a slot, so that it is brought near before it is asked for; for weights that are kept."""
-        rows, (packed, scales, biases) = self.geometry.rows, self.addresses
-        sizes = rows * self.geometry.packed_row, rows * self.geometry.scale_row
-        self.slot = _compiled().ahead.slot_of(packed, sizes[0], scales, biases, sizes[1])
+    def plan(self, width: int, rows: int) -> "_Plan":
+        """The plan for so many rows of x; for few, where it counts, found without comparing shapes."""
+        if rows > FEW_ROWS:
+            return _plan(self.geometry, width, rows)
+        found = self._plans.get((width, rows))
+        if found is None:
+            found = self._plans[width, rows] = _plan(self.geometry, width, rows)
+        return found
 
 
 class _Plan:
@@ -244,10 +249,10 @@ def product(x: Array, weight: Weight, width: int) -> Array | None:
     if not out.size:
         return out
     if rows <= _MOST:
-        return out if _plan(weight.geometry, width, rows).run(x, weight, out) else None
+        return out if weight.plan(width, rows).run(x, weight, out) else None
     for start in range(0, rows, _MOST):
         part = x[start : start + _MOST]
-        if not _plan(weight.geometry, width, part.shape[0]).run(part, weight, out[start : start + _MOST]):
+        if not weight.plan(width, part.shape[0]).run(part, weight, out[start : start + _MOST]):
             return None
     return out
 

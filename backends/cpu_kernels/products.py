@@ -226,7 +226,6 @@ def _weight(qw: QuantizedTensor, leaves: Leaves) -> integer.Weight:
     if found is not None and found[0]() is qw:
         return found[1]
     weight = integer.Weight(*leaves, qw.scheme, qw.in_features)
-    weight.expect()
     _weights[key] = weakref.ref(qw, lambda _: _weights.pop(key, None)), weight
     return weight
 

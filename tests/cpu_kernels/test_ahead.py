@@ -12,11 +12,12 @@ from quantcore_backends.cpu_kernels import ahead, products
 from quantcore_backends.cpu_kernels.threads import native_pool
 
 PIECE = 4096
-NOWHERE = 1 << 40  # an address at which nothing is
+NOWHERE = itertools.count(1 << 40, 1 << 30)  # addresses at which nothing is
 
 
 def slot(pieces: int, scale_pieces: int = 1) -> int:
-    return ahead.slot_of(NOWHERE, pieces * PIECE, NOWHERE, NOWHERE, scale_pieces * PIECE)
+    place = next(NOWHERE)
+    return ahead.slot_of(place, pieces * PIECE, place, place, scale_pieces * PIECE)
 
 
 def words(address: int) -> list[int]:
@@ -128,9 +129,13 @@ def test_products_teach_the_pool_and_outlive_their_weights() -> None:
         np.testing.assert_array_equal(qc.dot(x, weights[0]), expected[0])
 
 
-def test_slots_are_given_anew() -> None:
-    first = slot(1)
-    for _ in range(len(ahead._table) - 1):
-        last = slot(1)
-    assert last != first
+def test_a_weight_keeps_its_slot_until_all_were_given() -> None:
+    what = next(NOWHERE), PIECE, next(NOWHERE), next(NOWHERE), PIECE
+    first = ahead.slot_of(*what)
+    assert ahead.slot_of(*what) == first
+    others = {slot(1) for _ in range(len(ahead._table) - 1)}
+    assert len(others) == len(ahead._table) - 1
+    assert first not in others
     assert slot(1) == first
+    assert ahead.slot_of(*what) != first
+    assert len(ahead._given) == len(ahead._table)
