@@ -191,13 +191,14 @@ def work(pool, thread, workers, native, looks):
     """What a worker does all its life.
 
     `thread` is its number, from 1 to `workers`, and `native` the system's number of its thread, or 0 to leave it where
-    it is. Before it sleeps, it looks `looks` times whether there is work.
+    it is. Before it sleeps, it looks `looks` times whether there is work; half as often after products of many rows,
+    since NumPy's BLAS wants the cores between these.
     """
     store_word(pool + _THREADS + 8 * (thread - 1), native)
-    seen = 0
+    seen, patience = 0, looks
     while load_word(pool + _STOP) == 0:
         spins = 0
-        while load_word(pool + _STATE) // _GENERATION == seen and spins < looks:
+        while load_word(pool + _STATE) // _GENERATION == seen and spins < patience:
             spins += 1
             _pause()
         state = load_word(pool + _STATE)
@@ -211,6 +212,7 @@ def work(pool, thread, workers, native, looks):
             _drain(pool, thread)
             weight = load_word(pool + _WEIGHT)
             add_to_word(pool + _LEFT, 1)
+            patience = looks if weight != 0 else looks // 2
             if weight != 0:
                 place = pool + _PLACES + 64 * (thread - 1)
                 go_on(place, weight)

@@ -19,9 +19,9 @@ __all__ = ["NativePool", "native_pool", "over_rows", "thread_count"]
 _VARIABLES: Final = ("QUANTCORE_NUM_THREADS", "NUMBA_NUM_THREADS", "OMP_NUM_THREADS")
 _FEW_CPUS: Final = 8
 """CPUs up to which the waiting threads keep off the caller's."""
-_AWAKE: Final = 100e-6
-"""Seconds that a worker waits awake: what a model does between two products, attention included. To wake it takes some
-ten of these, on a virtual machine more."""
+_AWAKE: Final = 120e-6
+"""Seconds that a worker waits awake: what a model does between two products, attention included. Waking one takes ten
+microseconds, on a virtual machine more."""
 _TRIED, _MOST_LOOKS = 1000, 100_000
 _pool: ThreadPoolExecutor | None = None
 _native: "NativePool | None" = None
