@@ -46,8 +46,11 @@ def _top(bits: int, run: int, width: int) -> np.float32:
     Of 24 bits it stays away from the end, since a float32 of that size is rounded by as much as 1.
     """
     most = {Form(1, 2): 32767, Form(1, 4): 127, Form(2, 4): 127 * 256 + 127, Form(3, 4): (127 * 256 + 126) * 256}
-    summed = step_codes(bits, run) // LANES * ((1 << bits) - 1)
-    return np.float32(min(most[form(bits, width)], (1 << 31) // summed * 0.999 if width == 24 else 32767))
+    top: float = most[form(bits, width)]
+    if width == 24:
+        summed = step_codes(bits, run) // LANES * ((1 << bits) - 1)
+        top = min(top, (1 << 31) // summed * 0.999)
+    return np.float32(top)
 
 
 @njit(forceinline=True, **COMPILED, fastmath=_FAST)
@@ -73,6 +76,16 @@ def rounded(x, run, top, integers):
         integers[k] = np.int32(integer)
         count = np.int32(count + integers[k])
     return scale, count, error, square, largest
+
+
+@njit(forceinline=True, **COMPILED)
+def rounded_at(x, start, columns, padded, run, top, integers):
+    """As :func:`rounded`, the run of x from `start` on; zeros follow its last column."""
+    if start + run <= columns:
+        return rounded(x[start : start + run], run, top, integers)
+    for k in range(run):
+        padded[k] = x[start + k] if start + k < columns else np.float32(0)
+    return rounded(padded, run, top, integers)
 
 
 @njit(forceinline=True, **COMPILED)
@@ -131,12 +144,7 @@ def row_rounder(bits: int, run: int, width: int) -> Any:
             total, group_of = 0.0, 0
             for r in range(runs):
                 start = r * run
-                if start + run <= columns:
-                    scale, count, off, its, peak = rounded(x[start : start + run], run, top, integers)
-                else:
-                    for k in range(run):
-                        padded[k] = x[start + k] if start + k < columns else np.float32(0)
-                    scale, count, off, its, peak = rounded(padded, run, top, integers)
+                scale, count, off, its, peak = rounded_at(x, start, columns, padded, run, top, integers)
                 error += off
                 square += its
                 largest = max(largest, peak)
@@ -194,12 +202,7 @@ def block_rounder(bits: int, run: int, width: int, height: int) -> Any:
             error, square, largest = np.float32(0), np.float32(0), np.float32(0)
             for r in range(runs):
                 start = r * run
-                if start + run <= columns:
-                    scale, count, off, its, peak = rounded(x[start : start + run], run, top, integers)
-                else:
-                    for k in range(run):
-                        padded[k] = x[start + k] if start + k < columns else np.float32(0)
-                    scale, count, off, its, peak = rounded(padded, run, top, integers)
+                scale, count, off, its, peak = rounded_at(x, start, columns, padded, run, top, integers)
                 error += off
                 square += its
                 largest = max(largest, peak)

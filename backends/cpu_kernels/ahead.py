@@ -6,6 +6,7 @@ worker without work follows these and prefetches. A wrong guess costs bandwidth 
 memory that isn't there does nothing.
 """
 
+import itertools
 from typing import Any, Final
 
 import numpy as np
@@ -27,8 +28,10 @@ _SLOTS: Final = 4096
 _PACKED, _PACKED_BYTES, _SCALES, _BIASES, _SCALE_BYTES, _NEXT, _CANDIDATE = range(0, 56, 8)
 _AT, _PIECE, _AHEAD, _EXPECTED = range(0, 32, 8)
 _table: Final = np.zeros((_SLOTS, 8), np.int64)
+_numbers: Final = itertools.count()
+_said: Final[list[tuple[int, ...]]] = [()] * _SLOTS
 _given: Final[dict[tuple[int, ...], int]] = {}
-"""Addresses of slots by what is said in them, the oldest first."""
+"""Addresses of slots by what is said in them."""
 
 
 def slot_of(packed: int, packed_bytes: int, scales: int, biases: int, scale_bytes: int) -> int:
@@ -37,13 +40,13 @@ def slot_of(packed: int, packed_bytes: int, scales: int, biases: int, scale_byte
     found = _given.get(what)
     if found is not None:
         return found
-    number = len(_given)
-    if number == _SLOTS:
-        oldest = next(iter(_given))
-        number = (_given.pop(oldest) - _table.ctypes.data) // _table.strides[0]
+    # No step here needs a lock: of two threads at once, one may get a slot that is forgotten early.
+    number = next(_numbers) % _SLOTS
+    _given.pop(_said[number], None)
+    _said[number] = what
     _table[number] = *what, 0, 0, 0
-    _given[what] = _table.ctypes.data + number * _table.strides[0]
-    return _given[what]
+    address = _given[what] = _table.ctypes.data + number * _table.strides[0]
+    return address
 
 
 @njit(**_OPTIONS)

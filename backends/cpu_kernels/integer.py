@@ -81,19 +81,14 @@ def serves(scheme: Scheme) -> bool:
 @cache
 def has_byte_dot(scheme: Scheme) -> bool:
     """Whether 8-bit activations are faster here than 16-bit ones."""
-    modules = _compiled()
-    held = modules.tiles.held_bits(scheme.bits)
-    return modules.simd.lane_codes(scheme.bits) >= 4 and all(
-        modules.simd.byte_dot(bits) for bits in (scheme.bits, held)
-    )
+    simd, held = _compiled().simd, _compiled().tiles.held_bits(scheme.bits)
+    return simd.takes_bytes(scheme.bits) and simd.byte_dot(held) is not None
 
 
 @cache
 def has_wide(scheme: Scheme) -> bool:
     """Whether 24-bit activations serve few rows: the target has a dot of bytes, and a row more than one scale."""
-    modules = _compiled()
-    wide = modules.simd.lane_codes(scheme.bits) >= 4 and modules.simd.byte_dot(scheme.bits)
-    return bool(wide) and scheme.group_size is not None
+    return scheme.group_size is not None and _compiled().simd.takes_bytes(scheme.bits)
 
 
 class RowKernels(NamedTuple):

@@ -17,7 +17,6 @@ from quantcore_backends.cpu_kernels.kernels_int import AHEAD, LINE, prefetch_fou
 from quantcore_backends.cpu_kernels.simd import fma, load, splat, store, times, total, zero
 from quantcore_backends.cpu_kernels.simd_int import chunk_codes, dot, spread, spread_first, to_floats
 from quantcore_backends.cpu_kernels.simd_int24 import (
-    load_integers,
     minus_products,
     spread_integers,
     store_integers,
@@ -37,6 +36,9 @@ _VECTOR: Final = 4 * LANES
 def _laid_bytes(groups: int) -> int:
     """Memory of a row's scales, its raised biases, or its codes of 0, each in whole vectors, and one to read past."""
     return (-(-groups // LANES) + 1) * _VECTOR
+
+
+_laid = njit(**COMPILED)(_laid_bytes)
 
 
 def scratch_bytes(groups: int) -> int:
@@ -97,7 +99,7 @@ def four_rows(bits: int, run: int, scales: int) -> Any:
     def kernel(address, thread, first, last):
         job = job_at(address if stamp else 0)
         steps = (job.in_features + step - 1) // step
-        laid = ((job.groups + LANES - 1) // LANES + 1) * _VECTOR
+        laid = _laid(job.groups)
         s0 = job.scratch + thread * job.scratch_size
         s1, s2, s3 = s0 + 3 * laid, s0 + 6 * laid, s0 + 9 * laid
         r0, r1, r2, r3 = s0 + laid, s1 + laid, s2 + laid, s3 + laid
@@ -119,7 +121,7 @@ def four_rows(bits: int, run: int, scales: int) -> Any:
                     t0, t1, t2, t3 = zero(), zero(), zero(), zero()
                     for i in range(start, min(start + flush, steps)):
                         xi, pi, g = x + i * codes_step, i * packed_step, (i * scales >> job.group_shift) * 4
-                        xv, xi_sum = load(xs + i * _VECTOR), load_integers(sums + i * _VECTOR)
+                        xv, xi_sum = load(xs + i * _VECTOR), spread_integers(sums + i * _VECTOR, LANES)
                         if m == 0 and pi % LINE == 0:
                             prefetch_four(p0 + ahead + 4 * pi)
                         c0 = dot(p0 + pi, xi, bits, _WIDTH, chunks)

@@ -52,6 +52,7 @@ __all__ = [
     "lane_codes",
     "spread",
     "spread_first",
+    "takes_bytes",
     "to_floats",
 ]
 
@@ -79,6 +80,11 @@ def byte_dot(bits: int) -> str | None:
     return "sdot" if target_has("dotprod") and platform.machine().lower() in ("arm64", "aarch64") else None
 
 
+def takes_bytes(bits: int) -> bool:
+    """Whether activations may be layers of bytes: the target has a dot of them, and codes of such bits become bytes."""
+    return byte_dot(bits) is not None and lane_codes(bits) >= 4
+
+
 def form(bits: int, width: int) -> Form:
     """How activations of `width` bits lie beside codes of `bits` bits.
 
@@ -86,14 +92,13 @@ def form(bits: int, width: int) -> Form:
     as two ``vpmaddubsw`` and their additions, and ``vpdpwssd`` would be as two ``vpdpbusd``, but LLVM takes chains of
     it apart.
     """
-    kind = byte_dot(bits)
-    if kind is None or lane_codes(bits) < 4:
+    if not takes_bytes(bits):
         if width != 16:
             raise ValueError(f"no dot of bytes for {bits} bits on this target")
         return Form(1, 2)
     if width != 16:
         return Form(width // 8, 4)
-    return Form(1, 2) if kind == "maddubs" else Form(2, 4)
+    return Form(1, 2) if byte_dot(bits) == "maddubs" else Form(2, 4)
 
 
 def lane_codes(bits: int) -> int:

@@ -18,7 +18,7 @@ from quantcore_backends.cpu_kernels.vectors import (
     write,
 )
 
-__all__ = ["load_integers", "minus_products", "spread_integers", "store_integers", "to_integers", "zero_codes"]
+__all__ = ["minus_products", "spread_integers", "store_integers", "to_integers", "zero_codes"]
 
 
 @intrinsic
@@ -67,16 +67,6 @@ def spread_integers(typing: Any, address: Any, count: Any) -> Any:
         return shuffled(builder, several, [lane * number // LANES for lane in range(LANES)])
 
     return ints(types.intp, count), generate
-
-
-@intrinsic
-def load_integers(typing: Any, address: Any) -> Any:
-    """int32 lanes from memory."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return read(builder, args[0], DWORDS)
-
-    return ints(types.intp), generate
 
 
 @intrinsic
