@@ -76,6 +76,10 @@ def _jax_platforms(x: Any, w: Any) -> tuple[str | None, str | None]:
     return _jax_platform(x), _jax_platform(w)
 
 
+def _torch_devices(x: Any, w: Any) -> tuple[Any, Any]:
+    return x.device, w.device
+
+
 def _own_device(array: Any) -> str | None:
     try:
         return str(array_api_compat.device(array))
@@ -103,6 +107,8 @@ def device_probe(cls: type) -> Callable[[Any, Any], Any] | None:
             probe = _mlx_device
         elif cls.__module__.startswith(("jax.", "jaxlib.")):
             probe = _jax_platforms
+        elif cls.__module__.partition(".")[0] == "torch":
+            probe = _torch_devices
         else:
             probe = _own_devices
         return probes.setdefault(cls, probe)

@@ -2,6 +2,9 @@
 
 from typing import Any, Final
 
+from numba import types
+from numba.extending import overload
+
 from quantcore_backends.cpu_kernels.disk_cache import njit
 from quantcore_backends.cpu_kernels.job import CALL, COMPILED, JOB, STAMP, addresses_at, bytes_at
 from quantcore_backends.cpu_kernels.pool import parallel
@@ -19,6 +22,17 @@ assert CALL.index("codes") + 3 == CALL.index("packed")
 assert CALL.index("copy") + 1 == CALL.index("scratch")
 
 
+def _address(operand: Any) -> Any:
+    """Where an array lies; an address is one already."""
+
+
+@overload(_address)
+def _address_of(operand):
+    if isinstance(operand, types.Array):
+        return lambda operand: operand.ctypes.data
+    return lambda operand: operand
+
+
 def _caller(stamp: int) -> Any:
     @njit(cache=True, **COMPILED)
     def call(
@@ -31,6 +45,7 @@ def _caller(stamp: int) -> Any:
         pool : int
             Address, or 0.
         x, out : array, shape (M, K) and (M, N), float32, C-contiguous
+            Or their addresses.
         memory : array, uint8
         template : array, int64
             A job in which addresses in `memory` count from its first whole cache line; then the bytes of a packed row,
@@ -43,7 +58,7 @@ def _caller(stamp: int) -> Any:
         start = (memory.ctypes.data + 63) // 64 * 64
         job = addresses_at(start, _FIELDS if stamp else 0)
         job[:] = template[:_FIELDS]
-        job[_X], job[_OUT] = x.ctypes.data, out.ctypes.data
+        job[_X], job[_OUT] = _address(x), _address(out)
         job[_PACKED], job[_SCALES], job[_BIASES] = packed, scales, biases
         for field in (_CODES, _CODES + 1, _CODES + 2, _COPY, _SCRATCH):
             job[field] += start

@@ -15,20 +15,25 @@ from quantcore_backends.cpu_kernels.threads import native_pool
 
 __all__ = [
     "FEW_ROWS",
+    "KINDS",
     "THREADED",
     "WIDE_ROWS",
+    "Geometry",
     "RowKernels",
     "Weight",
     "has_byte_dot",
     "has_wide",
+    "multiply",
     "product",
     "row_kernels",
     "serves",
 ]
 
 Array: TypeAlias = np.ndarray[Any, Any]
+Operand: TypeAlias = Array | int
+"""An array, or its address."""
 
-_KINDS: Final = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
+KINDS: Final = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
 _FLOAT32: Final = np.dtype(np.float32)
 _UINT32: Final = np.dtype(np.uint32)
 FEW_ROWS: Final = 4
@@ -112,8 +117,19 @@ def row_kernels(scheme: Scheme, kind: int, width: int) -> RowKernels:
     return RowKernels(modules.activations.row_rounder(scheme.bits, run, width), kernel, step)
 
 
-class _Geometry(NamedTuple):
-    """All of a weight but its memory: what a plan depends on."""
+class Geometry(NamedTuple):
+    """All of a weight but its memory: what a plan depends on.
+
+    Attributes
+    ----------
+    scheme : Scheme
+    columns, rows, words, groups : int
+        Features in and out, and of a row the words and the groups.
+    packed_row, scale_row : int
+        Bytes from row to row.
+    kind : int
+        Of the scales and biases, in :data:`KINDS`.
+    """
 
     scheme: Scheme
     columns: int
@@ -126,32 +142,46 @@ class _Geometry(NamedTuple):
 
 
 class Weight:
-    """A packed matrix as the kernels take it: arrays that they can read.
+    """A packed matrix as the kernels take it: where its arrays lie, and what they are.
 
     Parameters
     ----------
-    packed : array, shape (N, W), uint32
-    scales, biases : array, shape (N, G), float32, float16 or bfloat16
-    scheme : Scheme
-    in_features : int
+    geometry : Geometry
+    addresses : tuple of int
+        Of packed, scales and biases. Each row lies in one piece.
+    held : tuple of array, optional
+        What keeps that memory; without, the caller does during each product.
     """
 
-    __slots__ = ("_held", "_plans", "addresses", "geometry", "packed", "slot")
+    __slots__ = ("_held", "_plans", "addresses", "geometry", "slot")
 
-    def __init__(self, packed: Array, scales: Array, biases: Array, scheme: Scheme, in_features: int) -> None:
-        dtype = scales.dtype if scales.dtype == biases.dtype and scales.dtype in _KINDS else _FLOAT32
-        self.packed = rows_in_memory(packed, _UINT32)
+    def __init__(self, geometry: Geometry, addresses: tuple[int, int, int], held: tuple[Array, ...] = ()) -> None:
+        self.geometry, self.addresses, self._held = geometry, addresses, held
+        sizes = geometry.rows * geometry.packed_row, geometry.rows * geometry.scale_row
+        self.slot = _compiled().ahead.slot_of(addresses[0], sizes[0], *addresses[1:], sizes[1])
+        self._plans: dict[tuple[int, int], _Plan] = {}
+
+    @classmethod
+    def of(cls, packed: Array, scales: Array, biases: Array, scheme: Scheme, in_features: int) -> "Weight":
+        """That of arrays, or of copies that the kernels can read.
+
+        Parameters
+        ----------
+        packed : array, shape (N, W), uint32
+        scales, biases : array, shape (N, G), float32, float16 or bfloat16
+        scheme : Scheme
+        in_features : int
+        """
+        dtype = scales.dtype if scales.dtype == biases.dtype and scales.dtype in KINDS else _FLOAT32
+        packed = rows_in_memory(packed, _UINT32)
         scales, biases = rows_in_memory(scales, dtype), rows_in_memory(biases, dtype)
         if scales.strides != biases.strides:
             scales, biases = np.ascontiguousarray(scales), np.ascontiguousarray(biases)
-        self._held = scales, biases
-        self.addresses = self.packed.ctypes.data, scales.ctypes.data, biases.ctypes.data
-        (rows, words), groups = self.packed.shape, scales.shape[1]
-        rows_apart = self.packed.strides[0], scales.strides[0]
-        self.geometry = _Geometry(scheme, in_features, rows, words, groups, *rows_apart, _KINDS[dtype])
-        sizes = rows * rows_apart[0], rows * rows_apart[1]
-        self.slot = _compiled().ahead.slot_of(self.addresses[0], sizes[0], *self.addresses[1:], sizes[1])
-        self._plans: dict[tuple[int, int], _Plan] = {}
+        (rows, words), groups = packed.shape, scales.shape[1]
+        rows_apart = packed.strides[0], scales.strides[0]
+        geometry = Geometry(scheme, in_features, rows, words, groups, *rows_apart, KINDS[dtype])
+        held = packed, scales, biases
+        return cls(geometry, (packed.ctypes.data, scales.ctypes.data, biases.ctypes.data), held)
 
     def plan(self, width: int, rows: int) -> "_Plan":
         """The plan for so many rows of x; for few, where it counts, found without comparing shapes."""
@@ -166,7 +196,7 @@ class Weight:
 class _Plan:
     """Kernels, where what lies in scratch memory, and a job that lacks only what a call fills in."""
 
-    def __init__(self, geometry: _Geometry, width: int, rows: int) -> None:
+    def __init__(self, geometry: Geometry, width: int, rows: int) -> None:
         modules = _compiled()
         scheme, columns, outputs, words, groups, packed_row, scale_row, kind = geometry
         bits, group = scheme.bits, scheme.group_size
@@ -212,7 +242,7 @@ class _Plan:
         self.allocate = np.zeros if self.height and rows % 4 else np.empty
         self._held = rounder, kernel
 
-    def run(self, x: Array, weight: Weight, out: Array) -> bool:
+    def run(self, x: Operand, weight: Weight, out: Operand) -> bool:
         """Compute ``out = x @ w.T``; whether integers served, so that `out` is right."""
         memory = self.allocate(self.size, np.uint8)
         pool = native_pool().address if self.threads > 1 else 0
@@ -240,16 +270,35 @@ def product(x: Array, weight: Weight, width: int) -> Array | None:
     array, shape (M, N), float32
     """
     rows = x.shape[0]
-    out = np.empty((rows, weight.packed.shape[0]), np.float32)
+    out = np.empty((rows, weight.geometry.rows), np.float32)
     if not out.size:
         return out
-    if rows <= _MOST:
-        return out if weight.plan(width, rows).run(x, weight, out) else None
+    served = weight.plan(width, rows).run(x, weight, out) if rows <= _MOST else multiply(x, rows, weight, out, width)
+    return out if served else None
+
+
+def multiply(x: Operand, rows: int, weight: Weight, out: Operand, width: int) -> bool:
+    """:func:`product` into memory that is there; whether integers served, so that it is right.
+
+    Parameters
+    ----------
+    x, out : array or int
+        Arrays of shape (M, K) and (M, N), float32, C-contiguous, or both their addresses.
+    rows : int
+        M, not 0.
+    weight : Weight
+    width : int
+    """
+    columns, outputs = weight.geometry.columns, weight.geometry.rows
     for start in range(0, rows, _MOST):
-        part = x[start : start + _MOST]
-        if not weight.plan(width, part.shape[0]).run(part, weight, out[start : start + _MOST]):
-            return None
-    return out
+        plan = weight.plan(width, min(_MOST, rows - start))
+        if not plan.run(_from_row(x, start, columns), weight, _from_row(out, start, outputs)):
+            return False
+    return True
+
+
+def _from_row(operand: Operand, row: int, columns: int) -> Operand:
+    return operand + 4 * row * columns if isinstance(operand, int) else operand[row:]
 
 
 def _block_height(rows: int) -> int:

@@ -15,7 +15,7 @@ from quantcore import QuantizedTensor, Scheme
 from quantcore_backends.cpu_kernels import compiled, compiled_microscaled, integer
 from quantcore_backends.cpu_kernels.weights import FLOAT32, TILE, Leaves, column_step, decode_block
 
-__all__ = ["dot", "gather_dot"]
+__all__ = ["dot", "gather_dot", "multiply"]
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -76,6 +76,23 @@ def _rounded_product(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any], precis
         with np.errstate(over="ignore"):
             product = product.astype(dtype)
     return product if x.ndim == 2 else product.reshape(*x.shape[:-1], product.shape[1])
+
+
+def multiply(x: int, rows: int, weight: integer.Weight, out: int, precision: str) -> bool:
+    """:func:`dot` on memory, where integers serve: whether they do, so that `out` is right.
+
+    Parameters
+    ----------
+    x, out : int
+        Addresses of (M, K) and (M, N) elements of float32.
+    rows : int
+        M, not 0.
+    weight : Weight, shape (N, K)
+    precision : {"highest", "default", "fast"}
+    """
+    return any(
+        integer.multiply(x, rows, weight, out, width) for width in _widths(weight.geometry.scheme, precision, rows)
+    )
 
 
 def _integer_product(x: Array, weight: integer.Weight, precision: str) -> Array | None:
@@ -220,12 +237,12 @@ _weights: dict[int, tuple[weakref.ref[QuantizedTensor], integer.Weight]] = {}
 def _weight(qw: QuantizedTensor, leaves: Leaves) -> integer.Weight:
     """The weight as the kernels take it, kept as long as the tensor where that has one matrix."""
     if leaves[0] is not qw.packed:
-        return integer.Weight(*leaves, qw.scheme, qw.in_features)
+        return integer.Weight.of(*leaves, qw.scheme, qw.in_features)
     key = id(qw)
     found = _weights.get(key)
     if found is not None and found[0]() is qw:
         return found[1]
-    weight = integer.Weight(*leaves, qw.scheme, qw.in_features)
+    weight = integer.Weight.of(*leaves, qw.scheme, qw.in_features)
     _weights[key] = weakref.ref(qw, lambda _: _weights.pop(key, None)), weight
     return weight
 

@@ -34,21 +34,29 @@ def gather_dot(*operands: Any) -> Tensor:
     return result
 
 
+# Bound here, where a call finds them near: torch._C's own namespace is a large table.
+_grad_enabled: Final = torch.is_grad_enabled
+_dispatch_modes: Final = torch._C._len_torch_dispatch_stack
+_function_modes: Final = torch._C._len_torch_function_stack
+_tracing: Final = torch._C._get_tracing_state
+_transforms: Final = torch._C._are_functorch_transforms_active
+
+
 def _unwatched(x: Tensor, packed: Tensor, scales: Tensor, biases: Tensor) -> bool:
     """Whether x is plain memory of the CPU, and no gradient, transform, mode or trace could see the operator."""
     return (
         type(x) is Tensor
         and x.is_cpu
-        and not ((x.requires_grad or scales.requires_grad or biases.requires_grad) and torch.is_grad_enabled())
+        and not ((x.requires_grad or scales.requires_grad or biases.requires_grad) and _grad_enabled())
         and not _transformed()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and torch._C._get_tracing_state() is None
+        and not _dispatch_modes()
+        and not _function_modes()
+        and _tracing() is None
     )
 
 
 def _transformed() -> bool:
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _transforms() or forward_ad._current_level >= 0
 
 
 def keep_product(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

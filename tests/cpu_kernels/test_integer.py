@@ -28,7 +28,7 @@ def weight(rows: int, columns: int, scheme: Scheme, dtype: Any = np.float32) -> 
 
 
 def operand(qw: qc.QuantizedTensor) -> integer.Weight:
-    return integer.Weight(qw.packed, qw.scales, qw.biases, qw.scheme, qw.in_features)
+    return integer.Weight.of(qw.packed, qw.scales, qw.biases, qw.scheme, qw.in_features)
 
 
 def error(result: Array, x: Array, qw: qc.QuantizedTensor) -> float:

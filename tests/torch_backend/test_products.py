@@ -95,6 +95,35 @@ def test_wrong_use(call: Callable[[], Any], error: type[Exception], message: str
         call()
 
 
+def _operator(x: Any = X, packed: Any = None, scales: Any = None, in_features: int = 64, **options: Any) -> Any:
+    """``torch.ops.quantcore.dot`` on parts of WEIGHT, as nothing else calls it."""
+    packed, scales = WEIGHT.packed if packed is None else packed, WEIGHT.scales if scales is None else scales
+    rest = {"scheme": str(WEIGHT.scheme), "transposed": False, "dtype": "float32", "precision": "default"} | options
+    return torch.ops.quantcore.dot(x, packed, scales, scales, in_features=in_features, **rest)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: _operator(X[:, :32]), "don't fit"),
+        (lambda: _operator(torch.zeros(3, 24), transposed=True, in_features=32), "make no weight"),
+        (lambda: _operator(torch.zeros(3, 4096), in_features=4096), r"make no weight of shape \(24, 4096\)"),
+        (lambda: _operator(scales=WEIGHT.scales[:10]), r"\(10, 2\)"),
+        (lambda: _operator(packed=WEIGHT.packed.view(torch.int32)), "int32"),
+        (lambda: _operator(scales=WEIGHT.packed[:, :2].view(torch.int32)), "floating"),
+        (lambda: _operator(precision="high"), "'high'"),
+        (lambda: torch.ops.quantcore.dequantize(*OPERANDS, "affine-int4-g32", 640, "float32"), "make no weight"),
+        (
+            lambda: torch.ops.quantcore.take(*OPERANDS, torch.tensor([1]), "affine-int8-g32", 64, 0, "float32"),
+            "make no weight",
+        ),
+    ],
+)
+def test_operators_called_directly_read_no_memory_that_is_not_theirs(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
 # --- gradients and transforms -------------------------------------------------------------------------------------
 
 
@@ -348,6 +377,32 @@ def test_read_only_memory_is_copied() -> None:
     moved = qc.to_library(array, "torch")
     moved[0] = 0
     assert array.all()
+
+
+@pytest.mark.parametrize("change", ["in place", "data", "shared memory", "strided"])
+def test_a_weight_is_read_where_it_lies_now(change: str) -> None:
+    other = qc.quantize(torch.randn(24, 64), bits=4, group_size=32)
+    leaves, rebuild = WEIGHT.flatten()
+    leaves = [leaf.clone() for leaf in leaves]
+    qw = rebuild(leaves)
+    close(qc.dot(X, qw), X @ DENSE.float().mT)
+    for leaf, new in zip(leaves, other.flatten()[0], strict=True):
+        if change == "data":
+            leaf.data = new.clone()
+        elif change == "strided":
+            leaf.data = torch.stack([new, torch.zeros_like(new)], -1)[..., 0]
+        else:
+            leaf.copy_(new)
+        if change == "shared memory":
+            leaf.share_memory_()
+    close(qc.dot(X, qw), X @ other.dequantize().mT)
+
+
+@pytest.mark.parametrize("shape", [(64,), (2, 3, 64), (0, 64), (600, 64)])
+def test_leading_axes_of_x(shape: tuple[int, ...]) -> None:
+    x = torch.randn(*shape)
+    for each in (x, x.flip(0), torch.randn(*shape[:-1], 128)[..., ::2]):
+        close(qc.dot(each, WEIGHT), each @ DENSE.float().mT)
 
 
 def test_views_of_a_product_share_nothing_with_x() -> None:
