@@ -26,18 +26,6 @@ def together(codes, bits):
     return word
 
 
-@njit(**COMPILED)
-def scale_and_bias(low, high, top):
-    scale = max((high - low) / top, np.float32(1e-7))
-    from_low = abs(low) > abs(high)
-    scale = scale if from_low else -scale
-    edge = low if from_low else high
-    steps = np.rint(edge / scale)
-    if steps != 0:
-        return edge / steps, edge
-    return scale, np.float32(0)
-
-
 @njit(**COMPILED, fastmath={"reassoc"})
 def nothing(x):
     """0, or NaN where an element isn't finite."""
@@ -62,10 +50,32 @@ def ends(x):
 
 
 @njit(**COMPILED)
+def scale_groups(lows, highs, top, scales, biases):
+    """Scale and bias of each group; LLVM computes several at once."""
+    for g in range(lows.size):
+        low, high = lows[g], highs[g]
+        scale = max((high - low) / top, np.float32(1e-7))
+        from_low = abs(low) > abs(high)
+        scale = scale if from_low else -scale
+        edge = low if from_low else high
+        steps = np.rint(edge / scale)
+        scales[g] = edge / steps if steps != 0 else scale
+        biases[g] = edge if steps != 0 else np.float32(0)
+
+
+@njit(**COMPILED)
 def round_to_codes(x, scale, bias, top, codes):
     for k in range(x.size):
         code = np.rint((x[k] - bias) / scale)
         codes[k] = np.uint8(np.int32(min(max(code, np.float32(0)), top)))
+
+
+@njit(**COMPILED)
+def refuse_groups(x, group, scales, biases):
+    """Make scale and bias NaN where an element of the group isn't finite."""
+    for g in range(scales.size):
+        if nothing(x[g * group : min((g + 1) * group, x.size)]) != 0:
+            scales[g] = biases[g] = np.nan
 
 
 @cache
@@ -81,6 +91,9 @@ def encoder(bits: int, kind: int) -> Any:
     """
     top = np.float32((1 << bits) - 1)
     size = (4, 2, 2)[kind]
+    # Eight codes fill a word, and LLVM joins several at once; in other widths words of 64 bits overlap.
+    word = {2: np.uint16, 4: np.uint32}.get(bits, np.uint64)
+    fills = bits in (2, 4, 8)
 
     stamp = STAMP
 
@@ -90,6 +103,7 @@ def encoder(bits: int, kind: int) -> Any:
         columns = job.in_features
         blocks = (columns + _BLOCK - 1) // _BLOCK
         converted = np.empty(columns, np.float32)
+        lows, highs = np.empty(job.groups, np.float32), np.empty(job.groups, np.float32)
         codes = np.zeros(blocks * _BLOCK, np.uint8)
         stream = np.empty(blocks * bits + 8, np.uint8)
         for n in range(first, last):
@@ -103,18 +117,23 @@ def encoder(bits: int, kind: int) -> Any:
             biases = floats_at(job.biases + n * job.scale_row, job.groups)
             for g in range(job.groups):
                 start = g * job.group
+                lows[g], highs[g] = ends(x[start : min(start + job.group, columns)])
+            scale_groups(lows, highs, top, scales, biases)
+            for g in range(job.groups):
+                start = g * job.group
                 stop = min(start + job.group, columns)
-                group = x[start:stop]  # a slice, whose indices Numba needn't test for being negative
-                if nothing(group) != 0:
-                    scales[g] = biases[g] = np.nan
-                    continue
-                low, high = ends(group)
-                scale, bias = scale_and_bias(low, high, top)
-                scales[g], biases[g] = scale, bias
-                round_to_codes(group, scale, bias, top, codes[start:stop])
+                # Slices, whose indices Numba needn't test for being negative.
+                round_to_codes(x[start:stop], scales[g], biases[g], top, codes[start:stop])
+            if nothing(x) != 0:
+                refuse_groups(x, job.group, scales, biases)
             eights = words_at(codes.ctypes.data, blocks)
-            for block in range(blocks):
-                words_at(stream.ctypes.data + block * bits, 1)[0] = together(eights[block], bits)
+            if fills:
+                words = stream[: blocks * bits].view(word)
+                for block in range(blocks):
+                    words[block] = together(eights[block], bits)
+            else:
+                for block in range(blocks):
+                    words_at(stream.ctypes.data + block * bits, 1)[0] = together(eights[block], bits)
             packed = bytes_at(job.packed + n * job.packed_row, job.packed_row)
             used = min(blocks * bits, job.packed_row)
             packed[:used] = stream[:used]
