@@ -10,16 +10,18 @@ import numpy as np
 from quantcore import Scheme
 from quantcore_backends.cpu_kernels import compiled, layout
 from quantcore_backends.cpu_kernels.compiled import rows_in_memory
-from quantcore_backends.cpu_kernels.layout import lines
 from quantcore_backends.cpu_kernels.threads import native_pool
 
 __all__ = [
     "FEW_ROWS",
     "KINDS",
+    "MOST",
     "THREADED",
     "WIDE_ROWS",
+    "WIDTHS",
     "Geometry",
     "RowKernels",
+    "TileKernels",
     "Weight",
     "has_byte_dot",
     "has_wide",
@@ -27,6 +29,8 @@ __all__ = [
     "product",
     "row_kernels",
     "serves",
+    "tile_kernels",
+    "widths",
 ]
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -40,14 +44,14 @@ FEW_ROWS: Final = 4
 """Rows of x up to which it doesn't pay to lay the weight in tiles."""
 WIDE_ROWS: Final = 32
 """Rows of 24-bit integers, for which there are no tiles, up to which BLAS isn't faster."""
+WIDTHS: Final = {"highest": 24, "default": 16, "fast": 8}
+"""Bits of the integers that each precision asks for."""
 THREADED: Final = 1 << 18
 """Multiplications worth a second thread."""
-_MOST: Final = 512
+MOST: Final = 512
 """Rows of x in one go, which bounds the scratch memory."""
 _PLANS: Final = 512
 """Plans that are kept, one for each shape of a weight and number of rows."""
-_ROUNDED_TOGETHER: Final = 16
-"""Rows of x from which threads share in rounding them."""
 
 
 @cache
@@ -96,6 +100,13 @@ def has_wide(scheme: Scheme) -> bool:
     return scheme.group_size is not None and _compiled().simd.takes_bytes(scheme.bits)
 
 
+def widths(scheme: Scheme, first: int) -> tuple[int, ...]:
+    """Bits of integers that are worth a try here where `first` are asked for: after 8, 16 lose less."""
+    if first == 24:
+        return (24,) if has_wide(scheme) else ()
+    return (8, 16) if first == 8 and has_byte_dot(scheme) else (16,)
+
+
 class RowKernels(NamedTuple):
     """Kernels for few rows of x, with the codes that they take at a time."""
 
@@ -115,6 +126,22 @@ def row_kernels(scheme: Scheme, kind: int, width: int) -> RowKernels:
     else:
         kernel = modules.rows.four_rows(scheme.bits, kind, run, in_step, width)
     return RowKernels(modules.activations.row_rounder(scheme.bits, run, width), kernel, step)
+
+
+class TileKernels(NamedTuple):
+    """Kernels for many rows of x, with the rows of a block."""
+
+    rounder: Any
+    kernel: Any
+    height: int
+
+
+def tile_kernels(scheme: Scheme, width: int) -> TileKernels:
+    """What rounds many rows of x to integers of `width` bits, and what multiplies them."""
+    modules = _compiled()
+    run, height = modules.activations.run_length(scheme.group_size), 8 if modules.lanes == 16 else 4
+    rounder = modules.activations.block_rounder(modules.tiles.held_bits(scheme.bits), run, width, height)
+    return TileKernels(rounder, modules.tiles.tiles(scheme.bits, run, width, height), height)
 
 
 class Geometry(NamedTuple):
@@ -199,42 +226,25 @@ class _Plan:
     def __init__(self, geometry: Geometry, width: int, rows: int) -> None:
         modules = _compiled()
         scheme, columns, outputs, words, groups, packed_row, scale_row, kind = geometry
-        bits, group = scheme.bits, scheme.group_size
-        run = modules.activations.run_length(group)
-        self.height = 0 if width == 24 else _block_height(rows)
-        self.threads = native_pool().threads if rows * columns * outputs >= THREADED else 1
-        if self.height:
-            tiles = modules.tiles
-            held, runs = tiles.held_bits(bits), -(-columns // run)
-            kernel, rounder = (
-                tiles.tiles(bits, run, width, self.height),
-                modules.activations.block_rounder(held, run, width, self.height),
-            )
-            shift, tile_words = 0, tiles.tile_words(columns, bits, run)
-            reads = tile_words * (32 // held) * bits // 8
-            codes, scales, sums = runs * run * width // 8, runs * 8, 0
-            scratch = lines(tiles.scratch_bytes(rows, columns, groups, bits, run))
-            parts = -(-outputs // tiles.OUTPUTS)
-            part = max(1, parts // (8 * self.threads))
+        bits, group, lanes = scheme.bits, scheme.group_size or 0, modules.lanes
+        run = modules.activations.run_length(scheme.group_size)
+        self.height = 0
+        if width < 24 and rows > FEW_ROWS:
+            rounder, kernel, self.height = tile_kernels(scheme, width)
+            sizes = layout.of_tiles(rows, columns, groups, bits, run, lanes, width)
         else:
             rounder, kernel, step = row_kernels(scheme, kind, width)
-            shift, reads, codes, scales, sums = layout.of_few_rows(
-                columns, groups, bits, group or 0, step, modules.lanes, width
-            )
-            tile_words, parts = 0, outputs
-            scratch = lines(modules.rows24.scratch_bytes(groups)) if width == 24 else 0
-            part = max(16, parts // (8 * self.threads) // 4 * 4)
-        sizes = reads, codes, scales, sums, tile_words, scratch
-        of_weight = outputs, columns, words, groups, packed_row, scale_row, kind, bits, group or 0
-        fixed = layout.plan(*of_weight, run, shift, *sizes, layout.bound(outputs, width))
+            sizes = layout.of_few_rows(columns, groups, bits, group, step, lanes, width)
+        of_weight = outputs, columns, words, groups, packed_row, scale_row, kind, bits, group
+        fixed = layout.plan(*of_weight, run, *sizes, layout.bound(outputs, width))
         fields = dict(zip(modules.job.PLAN, fixed, strict=True))
-        self.copied = outputs - fields["safe"]
-        space = (rows + 3) // 4 * 4
-        held_bytes = (modules.job.JOB.itemsize, codes * space, scales * space, sums * space)
-        places = np.cumsum([lines(size) for size in (*held_bytes, self.copied * fields["copy_row"])]).tolist()
+        copied = (outputs - fields["safe"]) * fields["copy_row"]
+        _, _, codes, scales, sums, _, scratch = sizes
+        places = layout.places(modules.job.JOB.itemsize, rows, codes, scales, sums, copied)
+        self.threads = native_pool().threads if rows * columns * outputs >= THREADED else 1
+        rounded, parts, part = layout.turns(rows, outputs, self.height, lanes, self.threads)
         fields |= {"x_row": 4 * columns, "rows": rows}
         fields |= dict(zip(("codes", "code_scales", "sums", "copy", "scratch"), places, strict=True))
-        rounded = max(self.height, 4, rows // (4 * self.threads) // 4 * 4) if rows >= _ROUNDED_TOGETHER else rows
         turns = [4 * words, rounder.address, rows, rounded, kernel.address, parts, part]
         self.template = np.array([*(fields.get(name, 0) for name in modules.job.JOB.names), *turns], np.int64)
         self.size = places[-1] + scratch * self.threads + 64
@@ -273,7 +283,7 @@ def product(x: Array, weight: Weight, width: int) -> Array | None:
     out = np.empty((rows, weight.geometry.rows), np.float32)
     if not out.size:
         return out
-    served = weight.plan(width, rows).run(x, weight, out) if rows <= _MOST else multiply(x, rows, weight, out, width)
+    served = weight.plan(width, rows).run(x, weight, out) if rows <= MOST else multiply(x, rows, weight, out, width)
     return out if served else None
 
 
@@ -290,8 +300,8 @@ def multiply(x: Operand, rows: int, weight: Weight, out: Operand, width: int) ->
     width : int
     """
     columns, outputs = weight.geometry.columns, weight.geometry.rows
-    for start in range(0, rows, _MOST):
-        plan = weight.plan(width, min(_MOST, rows - start))
+    for start in range(0, rows, MOST):
+        plan = weight.plan(width, min(MOST, rows - start))
         if not plan.run(_from_row(x, start, columns), weight, _from_row(out, start, outputs)):
             return False
     return True
@@ -299,10 +309,3 @@ def multiply(x: Operand, rows: int, weight: Weight, out: Operand, width: int) ->
 
 def _from_row(operand: Operand, row: int, columns: int) -> Operand:
     return operand + 4 * row * columns if isinstance(operand, int) else operand[row:]
-
-
-def _block_height(rows: int) -> int:
-    """Rows of x in a block, as many as there are registers for; 0 for the kernels of few rows."""
-    if rows <= FEW_ROWS:
-        return 0
-    return 8 if _compiled().lanes == 16 else 4

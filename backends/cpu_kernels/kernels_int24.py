@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from quantcore_backends.cpu_kernels import layout
 from quantcore_backends.cpu_kernels.activations import step_codes
 from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
 from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, STAMP, floats_at, job_at, row_of
@@ -25,7 +26,7 @@ from quantcore_backends.cpu_kernels.simd_int24 import (
 )
 from quantcore_backends.cpu_kernels.vectors import LANES
 
-__all__ = ["four_rows", "scratch_bytes"]
+__all__ = ["four_rows"]
 
 _WIDTH: Final = 24
 _FLUSH: Final = 4096
@@ -33,17 +34,7 @@ _FLUSH: Final = 4096
 _VECTOR: Final = 4 * LANES
 
 
-def _laid_bytes(groups: int) -> int:
-    """Memory of a row's scales, its raised biases, or its codes of 0, each in whole vectors, and one to read past."""
-    return (-(-groups // LANES) + 1) * _VECTOR
-
-
-_laid = njit(**COMPILED)(_laid_bytes)
-
-
-def scratch_bytes(groups: int) -> int:
-    """Memory that a thread needs."""
-    return 4 * 3 * _laid_bytes(groups)
+_laid = njit(**COMPILED)(layout.laid)
 
 
 def _laying(kind: int) -> Any:
@@ -99,7 +90,7 @@ def four_rows(bits: int, run: int, scales: int) -> Any:
     def kernel(address, thread, first, last):
         job = job_at(address if stamp else 0)
         steps = (job.in_features + step - 1) // step
-        laid = _laid(job.groups)
+        laid = _laid(job.groups, LANES)
         s0 = job.scratch + thread * job.scratch_size
         s1, s2, s3 = s0 + 3 * laid, s0 + 6 * laid, s0 + 9 * laid
         r0, r1, r2, r3 = s0 + laid, s1 + laid, s2 + laid, s3 + laid

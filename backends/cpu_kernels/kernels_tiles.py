@@ -15,35 +15,21 @@ import numpy as np
 
 from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
 from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, STAMP, addresses_at, floats_at, job_at, row_of
+from quantcore_backends.cpu_kernels.layout import SPARE, VECTORS
 from quantcore_backends.cpu_kernels.simd import scale_at
-from quantcore_backends.cpu_kernels.simd_int import chunk_codes, lane_codes
+from quantcore_backends.cpu_kernels.simd_int import chunk_codes
 from quantcore_backends.cpu_kernels.tiles import block_product, side_by_side, widen
 from quantcore_backends.cpu_kernels.vectors import LANES
 
-__all__ = ["OUTPUTS", "held_bits", "scratch_bytes", "tile_words", "tiles"]
+__all__ = ["OUTPUTS", "held_bits", "tiles"]
 
-_VECTORS: Final = 2
-OUTPUTS: Final = _VECTORS * LANES
+OUTPUTS: Final = VECTORS * LANES
 """Rows of the weight in a tile."""
-_SPARE: Final = 64
-"""Bytes between widened rows: what a vector may write past their end, and more, lest rows share cache sets."""
 
 
 def held_bits(bits: int) -> int:
     """Bits of a code in a tile."""
     return bits if 32 % bits == 0 else 8
-
-
-def tile_words(columns: int, bits: int, run: int) -> int:
-    """Words of a row in a tile: those of whole runs, and a multiple of four."""
-    each = lane_codes(held_bits(bits))
-    return -(-(-(-columns // run) * run // each) // 4) * 4
-
-
-def scratch_bytes(rows: int, columns: int, groups: int, bits: int, run: int) -> int:
-    """Memory that a thread needs for tiles, for `rows` rows of x."""
-    words = tile_words(columns, bits, run)
-    return 4 * OUTPUTS * (words + 2 * groups + rows + 4) + LANES * (4 * words + _SPARE + 8) + 64
 
 
 def _copies(kind: int) -> Any:
@@ -68,7 +54,7 @@ def lay_scales(job, n, to, addresses):
     """Scales and biases of a tile's rows, group by group."""
     side, rows = floats_at(to, job.groups * 2 * OUTPUTS), addresses_at(addresses, LANES)
     whole = job.groups // 4 * 4 if job.kind == 0 else 0
-    for v in range(_VECTORS if whole else 0):
+    for v in range(VECTORS if whole else 0):
         for values, start in ((job.scales, 0), (job.biases, 1)):
             for lane in range(LANES):
                 rows[lane] = values + min(n + v * LANES + lane, job.out_features - 1) * job.scale_row
@@ -122,13 +108,13 @@ def tiles(bits: int, run: int, width: int, height: int) -> Any:
         addresses = sums + (job.rows + 3) // 4 * (4 * OUTPUTS * 4)
         spare = addresses + 8 * LANES
         for n in range(first * OUTPUTS, min(last * OUTPUTS, job.out_features), OUTPUTS):
-            for v in range(_VECTORS):
+            for v in range(VECTORS):
                 rows = addresses_at(addresses, LANES)
                 for lane in range(LANES):
                     rows[lane] = row_of(job, min(n + v * LANES + lane, job.out_features - 1))
                     if held != bits:
                         # Codes that cross words are widened to bytes before.
-                        widened = spare + lane * (words * 4 + _SPARE)
+                        widened = spare + lane * (words * 4 + SPARE)
                         for code in range(0, words * 4, chunk):
                             widen(rows[lane] + code * bits // 8, widened + code, bits)
                         rows[lane] = widened
@@ -143,10 +129,10 @@ def tiles(bits: int, run: int, width: int, height: int) -> Any:
                 x_scales, to = job.code_scales + m * runs * 8, sums + m * (OUTPUTS * 4)
                 if height == 4 or job.rows - m > 4:
                     block_product(
-                        x, x_scales, tile, scales, to, runs, job.group_runs, height, _VECTORS, run, width, held
+                        x, x_scales, tile, scales, to, runs, job.group_runs, height, VECTORS, run, width, held
                     )
                 else:
-                    block_product(x, x_scales, tile, scales, to, runs, job.group_runs, 4, _VECTORS, run, width, held)
+                    block_product(x, x_scales, tile, scales, to, runs, job.group_runs, 4, VECTORS, run, width, held)
             give(job, sums, n)
 
     return kernel

@@ -3,17 +3,18 @@
 Plain arithmetic on plain integers, and no function calls another, so that each can be compiled as it is.
 """
 
-__all__ = ["bound", "lines", "of_few_rows", "plan"]
+__all__ = ["SPARE", "VECTORS", "bound", "laid", "of_few_rows", "of_tiles", "places", "plan", "turns"]
 
 _OVERREAD = 48
 """Bytes behind a row's codes that a vector may read where codes cross words."""
 _WHOLE_ROW = 1 << 40
 """Elements of a group that is the whole row."""
-
-
-def lines(size: int) -> int:
-    """A size rounded up to cache lines."""
-    return size + 63 & -64
+VECTORS = 2
+"""Vectors of the weight's rows in a tile."""
+SPARE = 64
+"""Bytes between widened rows: what a vector may write past their end, and more, lest rows share cache sets."""
+_ROUNDED_TOGETHER = 16
+"""Rows of x from which threads share in rounding them."""
 
 
 def bound(outputs: int, width: int) -> int:
@@ -35,10 +36,18 @@ def bound(outputs: int, width: int) -> int:
     return int((1e6 if width == 24 else 1e10 if width == 16 else 1e14) / spread)
 
 
+def laid(groups: int, lanes: int) -> int:
+    """Bytes of something of each group of a row, in float32 or int32: in whole vectors, and one to read past."""
+    return (-(-groups // lanes) + 1) * lanes * 4
+
+
 def of_few_rows(
     columns: int, groups: int, bits: int, group: int, step: int, lanes: int, width: int
-) -> tuple[int, int, int, int, int]:
-    """What the kernels of few rows read: `group_shift`, bytes of a packed row, of x's codes, of its scales and sums.
+) -> tuple[int, int, int, int, int, int, int]:
+    """What the kernels of few rows read and write, beginning with `group_shift`.
+
+    Then bytes of a packed row, of a row of x's codes, of its scales and of its sums; `tile_words`, which is 0; and
+    bytes of scratch memory for each thread: with 24 bits, of each of four rows three times what :func:`laid` says.
 
     Parameters
     ----------
@@ -54,13 +63,84 @@ def of_few_rows(
     while step << (shift + 1) <= group:
         shift += 1
     spread = codes // step * lanes * 4
+    wide = width == 24
     return (
         shift,
         codes * bits // 8,
         codes * width // 8,
         spread,
-        groups * 4 if width < 24 else spread + (groups * 4 + 63 & -64),
+        spread + (groups * 4 + 63 & -64) if wide else groups * 4,
+        0,
+        12 * ((-(-groups // lanes) + 1) * lanes * 4) if wide else 0,
     )
+
+
+def of_tiles(
+    rows: int, columns: int, groups: int, bits: int, run: int, lanes: int, width: int
+) -> tuple[int, int, int, int, int, int, int]:
+    """What the kernels in tiles read and write, as :func:`of_few_rows` has it; each row has words of whole runs.
+
+    Parameters
+    ----------
+    rows : int
+        Of x.
+    columns, groups : int
+        Of a row of the weight.
+    bits, run : int
+        Of a code; elements of x that share a scale.
+    lanes, width : int
+        Of the kernel: lanes of a vector, bits of an integer of x.
+    """
+    held = bits if 32 % bits == 0 else 8
+    runs = -(-columns // run)
+    words = -(-(runs * run * held // 32) // 4) * 4
+    tile, addresses = 4 * VECTORS * lanes * (words + 2 * groups + rows + 4), 8 * lanes
+    scratch = tile + addresses + lanes * (4 * words + SPARE) + 64
+    return 0, words * 32 // held * bits // 8, runs * run * width // 8, runs * 8, 0, words, scratch + 63 & -64
+
+
+def places(
+    record: int, rows: int, codes: int, code_scales: int, sums: int, copy: int
+) -> tuple[int, int, int, int, int]:
+    """Where behind a job codes, scales, sums and the copy of the weight's last rows start, and where they end.
+
+    Parameters
+    ----------
+    record : int
+        Bytes of a job.
+    rows : int
+        Of x.
+    codes, code_scales, sums : int
+        Bytes of each row of x: as of :func:`of_few_rows`.
+    copy : int
+        Bytes of the copy.
+    """
+    space = rows + 3 & -4
+    at_codes = record + 63 & -64
+    at_scales = at_codes + (codes * space + 63 & -64)
+    at_sums = at_scales + (code_scales * space + 63 & -64)
+    at_copy = at_sums + (sums * space + 63 & -64)
+    return at_codes, at_scales, at_sums, at_copy, at_copy + (copy + 63 & -64)
+
+
+def turns(rows: int, outputs: int, height: int, lanes: int, threads: int) -> tuple[int, int, int]:
+    """How threads share in a product: rows of x that one rounds at a time; parts of the weight, and how many at a time.
+
+    Parameters
+    ----------
+    rows, outputs : int
+        Of x and of the weight.
+    height : int
+        Rows of a block where the parts are tiles; 0 where they are rows of the weight.
+    lanes : int
+        Of a vector.
+    threads : int
+    """
+    rounded = max(height, 4, rows // (4 * threads) // 4 * 4) if rows >= _ROUNDED_TOGETHER else rows
+    if height == 0:
+        return rounded, outputs, max(16, outputs // (8 * threads) // 4 * 4)
+    tiles = -(-outputs // (VECTORS * lanes))
+    return rounded, tiles, max(1, tiles // (8 * threads))
 
 
 def plan(
@@ -97,10 +177,8 @@ def plan(
         Of the scheme; 0 where the row is one group.
     run : int
         Elements of x that share a scale.
-    shift, reads, codes, code_scales, sums : int
-        As of :func:`of_few_rows`.
-    tile_words, scratch : int
-        Of the kernels in tiles; else 0.
+    shift, reads, codes, code_scales, sums, tile_words, scratch : int
+        As of :func:`of_few_rows` or :func:`of_tiles`.
     bound : int
         As of :func:`bound`.
     """

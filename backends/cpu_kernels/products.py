@@ -105,9 +105,9 @@ def _integer_product(x: Array, weight: integer.Weight, precision: str) -> Array 
 
 
 def _widths(scheme: Scheme, precision: str, rows: int) -> tuple[int, ...]:
-    if precision == "highest":
-        return (24,) if rows <= integer.WIDE_ROWS and integer.has_wide(scheme) else ()
-    return (8, 16) if precision == "fast" and integer.has_byte_dot(scheme) else (16,)
+    if precision == "highest" and rows > integer.WIDE_ROWS:
+        return ()
+    return integer.widths(scheme, integer.WIDTHS[precision])
 
 
 def _stacked(x: Array, plan: "_Plan") -> Array:

@@ -84,4 +84,6 @@ def load(scheme: Scheme | str, dtype: Any = "float32") -> None:
     for operation in targets.OPERATIONS:
         targets.load(operation, scheme.bits, kind)
     if integer.serves(scheme):
-        targets.load_rounded(scheme, kind, fast=True)
+        for width in integer.WIDTHS.values():
+            for many in (False, True):
+                targets.load_rounded(scheme, kind, width, many)

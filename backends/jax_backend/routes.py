@@ -21,21 +21,22 @@ _ANY: Final = 1 << 62
 _TABLE: Final = (
     # precision, how the weight's elements share scales, most rows of x, kernel
     ("highest", "row", _ANY, "few_rows"),
-    ("default", "groups", integer.FEW_ROWS, "rounded"),
-    ("default", "row", integer.FEW_ROWS, "rounded"),
-    ("fast", "groups", integer.FEW_ROWS, "rounded_first_to_bytes"),
-    ("fast", "row", integer.FEW_ROWS, "rounded_first_to_bytes"),
+    ("highest", "groups", integer.WIDE_ROWS, "rounded"),
+    ("default", "row", _ANY, "rounded"),
+    ("default", "groups", _ANY, "rounded"),
+    ("fast", "row", _ANY, "rounded"),
+    ("fast", "groups", _ANY, "rounded"),
     ("", "", FEW_ROWS, "few_rows"),
 )
 """The first line that fits has it, "" being anything; else a target makes rows dense for XLA's own dot."""
-_WIDTHS: Final = {"rounded": 16, "rounded_first_to_bytes": 8}
 
 XLA_TILES: Final = "XLA makes tiles of the weight dense and multiplies them"
-_IN_WORDS: Final = {
-    "few_rows": "a compiled kernel multiplies x in float32",
-    "rounded": "a compiled kernel multiplies x rounded to 16-bit integers",
-    "rounded_first_to_bytes": "a compiled kernel multiplies x rounded to 8-bit integers, or to 16-bit ones where those "
-    "lose too much",
+_FLOATS: Final = "a compiled kernel multiplies x in float32"
+_INTEGERS: Final = {
+    (24,): "a compiled kernel multiplies x rounded to 24-bit integers",
+    (16,): "a compiled kernel multiplies x rounded to 16-bit integers",
+    (8, 16): "a compiled kernel multiplies x rounded to 8-bit integers, or to 16-bit ones where those lose too much",
+    (): _FLOATS,
 }
 
 
@@ -54,7 +55,7 @@ def on_cpu(
         return tiles.product(x, leaves, which, scheme, columns, along_rows=along_rows, precision=precision)
     kernel = _kernel(precision, _sharing(scheme, along_rows), x.shape[1])
     if kernel != "tiles":
-        width = _WIDTHS.get(kernel)
+        width = integer.WIDTHS[precision] if kernel == "rounded" else None
         return targets.product(x, leaves, which, scheme, columns, along_rows=along_rows, width=width)
 
     def decode(leaves: tuple[Array, ...], weight: Array, first: Array, rows: int) -> Array:
@@ -71,10 +72,13 @@ def described(scheme: Scheme, dtype: np.dtype[Any], rows: int, *, along_rows: bo
     if reason:
         return f"{XLA_TILES}, more slowly: {reason}"
     kernel = _kernel(precision, _sharing(scheme, along_rows), rows)
-    return _IN_WORDS.get(
-        kernel,
+    if kernel == "rounded":
+        return _INTEGERS[integer.widths(scheme, integer.WIDTHS[precision])]
+    if kernel == "few_rows":
+        return _FLOATS
+    return (
         f"a compiled kernel makes tiles of the weight dense and XLA multiplies them, since x has {rows} rows and a "
-        f"kernel alone multiplies at most {FEW_ROWS}",
+        f"kernel alone multiplies at most {_most(precision, _sharing(scheme, along_rows))}"
     )
 
 
@@ -94,6 +98,11 @@ def _sharing(scheme: Scheme, along_rows: bool) -> str:
     if scheme.group_size is None:
         return "row"
     return "groups" if integer.serves(scheme) else "other"
+
+
+def _most(precision: str, sharing: str) -> int:
+    """Rows of x up to which a kernel alone multiplies."""
+    return max(line[2] for line in _TABLE if line[0] in ("", precision) and line[1] in ("", sharing))
 
 
 def _kernel(precision: str, sharing: str, rows_of_x: int) -> str:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 import quantcore as qc
+from quantcore_backends.cpu_kernels import integer
 from quantcore_backends.jax_backend import paths, routes
 from quantcore_backends.jax_backend.ffi import abi, targets
 
@@ -69,27 +70,47 @@ def test_explaining_warns_of_nothing(case: Any, failing_check: None, recwarn: py
     ("rows", "precision", "words"),
     [
         (4, "default", "16-bit integers"),
+        (13, "default", "16-bit integers"),
         (4, "fast", "8-bit integers"),
-        (4, "highest", "in float32"),
-        (12, "default", "in float32"),
-        (13, "default", "x has 13 rows and a kernel alone multiplies at most 12"),
-        (13, "highest", "x has 13 rows"),
+        (13, "fast", "8-bit integers"),
+        (32, "highest", "24-bit integers"),
+        (33, "highest", "x has 33 rows and a kernel alone multiplies at most 32"),
     ],
 )
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_kernel_and_the_reason(case: Any, rows: int, precision: str, words: str, dtype: Any) -> None:
     it = case(rows=rows)
+    if precision == "highest" and not integer.has_wide(it.qw.scheme):
+        words = words.replace("24-bit integers", "in float32")
+    if precision == "fast" and not integer.has_byte_dot(it.qw.scheme):
+        words = "16-bit integers"
     assert words in check(qc.dot, "dot", it.x.astype(dtype), it.qw, precision=precision)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "precision", "rows", "words"),
+    [
+        ("affine-int1-g16", "default", 12, "in float32"),
+        ("affine-int1-g16", "default", 13, "x has 13 rows and a kernel alone multiplies at most 12"),
+        ("affine-int4-row", "highest", 33, "in float32"),
+        ("affine-int4-row", "default", 33, "16-bit integers"),
+    ],
+)
+def test_schemes_with_other_kernels(case: Any, scheme: str, precision: str, rows: int, words: str) -> None:
+    it = case(rows=rows, scheme=scheme)
+    assert words in check(qc.dot, "dot", it.x, it.qw, precision=precision)
 
 
 def test_rows_are_counted_as_the_product_counts_them(case: Any) -> None:
     it, stack = case(rows=12), case(shape=(3, 24, 128), rows=12)
     x = jnp.broadcast_to(it.x, (3, 12, 128))
-    assert "x has 36 rows" in check(qc.dot, "dot", x, it.qw)
-    assert "in float32" in check(qc.dot, "dot", x, stack.qw)
-    assert "in float32" in check(qc.gather_dot, "gather_dot", x, stack.qw)
+    wide = "24-bit integers" if integer.has_wide(it.qw.scheme) else "in float32"
+    assert "x has 36 rows" in check(qc.dot, "dot", x, it.qw, precision="highest")
+    assert wide in check(qc.dot, "dot", x, stack.qw, precision="highest")
+    assert wide in check(qc.gather_dot, "gather_dot", x, stack.qw, precision="highest")
     assert "16-bit" in check(qc.dot, "dot", it.x[0], it.qw)
     assert "in float32" in check(qc.dot, "dot", it.x[:2, :24], it.qw.mT)
+    assert "x has 13 rows" in check(qc.dot, "dot", jnp.ones((13, 24)), it.qw.mT)
 
 
 def test_float64_is_a_reason(case: Any) -> None:

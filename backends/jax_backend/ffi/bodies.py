@@ -182,18 +182,23 @@ def _few_rows(number: int, bits: int, kind: int) -> Any:
                 scale_row,
                 step,
             )
-        for n in range(first, last):
-            for m in range(count):
+        for m in range(count):
+            row_of_x = carray(floats(x + 4 * m * columns), columns)
+            hopeless = -1  # whether that row has a NaN; found out where a sum isn't finite
+            for n in range(first, last):
                 place = carray(floats(to + 4 * (n * count + m)), (1,))
-                if not np.isfinite(place[0]):
+                if np.isfinite(place[0]):
+                    continue
+                if hopeless < 0:
+                    hopeless = 1 if np.isnan(row_of_x).any() else 0
+                if hopeless == 0:
                     value = 0.0
-                    for k in range(columns):
-                        at = n * scale_row + k // span * step
-                        code = np.float32(code_at(packed + n * row, k, bits))
-                        scaled = np.float32(code * scale_at(scales + at, kind))
-                        value += np.float64(np.float32(scaled + scale_at(biases + at, kind))) * float_at(
-                            x + 4 * (m * columns + k)
-                        )
+                    for g in range(spans):
+                        scale = scale_at(scales + n * scale_row + g * step, kind)
+                        bias = scale_at(biases + n * scale_row + g * step, kind)
+                        for k in range(g * span, min((g + 1) * span, columns)):
+                            scaled = np.float32(np.float32(code_at(packed + n * row, k, bits)) * scale)
+                            value += np.float64(np.float32(scaled + bias)) * row_of_x[k]
                     place[0] = value
         return 0
 

@@ -69,7 +69,12 @@ def product(frame):
     if along:
         fits = fits and dimension(out, 1) == count and dimension(out, 2) == columns and width == 0
     elif width:
-        fits = fits and dimension(out, 1) == count and dimension(out, 2) == rows and (width == 8 or width == 16)
+        fits = (
+            fits
+            and dimension(out, 1) == count
+            and dimension(out, 2) == rows
+            and (width == 8 or width == 16 or width == 24)
+        )
     else:
         fits = fits and dimension(out, 1) == rows and dimension(out, 2) == count
     if not fits or load64(block + _STACK) < 1 or span < 1:

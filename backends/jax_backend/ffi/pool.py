@@ -23,7 +23,7 @@ from quantcore_backends.jax_backend.ffi.frame import (
     yield_processor,
 )
 
-__all__ = ["for_chunks", "install"]
+__all__ = ["for_chunks", "install", "wait"]
 
 _API, _CTX = OFFSETS["CallFrame.api"], OFFSETS["CallFrame.ctx"]
 _DESTROY = OFFSETS["Api.XLA_FFI_Error_Destroy"]
@@ -44,6 +44,16 @@ def _drain(state):
         call2(body, chunk, operands)
         atomic_add(state + _DONE, 1)
         chunk = atomic_add(state + _NEXT, 1)
+
+
+@njit(**OPTIONS)
+def wait(address, count):
+    """Wait until a number that threads count up is so large."""
+    spins = 0
+    while atomic_add(address, 0) < count:
+        spins += 1
+        if spins > _SPINS:
+            yield_processor()
 
 
 @njit(**OPTIONS)
@@ -121,11 +131,7 @@ def for_chunks(frame, body, operands, chunks):
             atomic_add(state + _HELD, -1)
     free(args)
     _drain(state)
-    spins = 0
-    while atomic_add(state + _DONE, 0) < chunks:
-        spins += 1
-        if spins > _SPINS:
-            yield_processor()
+    wait(state + _DONE, chunks)
     _let_go(state)
     return True
 

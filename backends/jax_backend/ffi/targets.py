@@ -36,7 +36,7 @@ def unusable() -> str:
 def product(
     x: Any, leaves: Any, which: Any, scheme: Any, columns: int, *, along_rows: bool, width: int | None = None
 ) -> Any:
-    """Products of few rows of x with chosen weights of a stack, by one call of a compiled target.
+    """Products of x with chosen weights of a stack, by one call of a compiled target.
 
     Parameters
     ----------
@@ -50,9 +50,9 @@ def product(
         Logical length of the grouped axis.
     along_rows : bool
         Whether C is N instead of `columns`.
-    width : {16, 8}, optional
-        Bits of the integers that x is rounded to at first, for at most `integer.FEW_ROWS` rows; not along the rows.
-        With 8, 16 follow where those would lose too much of x; then floats.
+    width : {8, 16, 24}, optional
+        Bits of the integers that x is rounded to at first; not along the rows. After 8 follow 16 where those would lose
+        too much of x; then floats.
 
     Returns
     -------
@@ -63,7 +63,7 @@ def product(
     operation = "along_rows" if along_rows else "one_row" if count == 1 else "few_rows"
     spec = _spec(operation, scheme, columns, scales.dtype.name, width or 0)
     if width:
-        load_rounded(scheme, KINDS[scales.dtype.name], fast=width == 8)
+        load_rounded(scheme, KINDS[scales.dtype.name], width, count > integer.FEW_ROWS)
     turned = not (along_rows or width)
     shape = (products, count, columns if along_rows else packed.shape[1])
     if turned:
@@ -117,24 +117,24 @@ def load(operation: str, bits: int, kind: int) -> int:
 
 
 @cache
-def load_rounded(scheme: Any, kind: int, *, fast: bool) -> None:
-    """Likewise the kernels for x rounded to integers, with `fast` those of 8 bits too where they are worth it."""
-    from quantcore_backends.jax_backend.ffi import rounded
+def load_rounded(scheme: Any, kind: int, width: int, many: bool) -> None:
+    """Likewise the kernels for few or many rows of x rounded to integers, of those widths that are worth it here."""
+    from quantcore_backends.jax_backend.ffi import jobs
 
     with _lock:
         _register()
-        for width in (16, 8) if fast and integer.has_byte_dot(scheme) else (16,):
-            rounded.load(scheme, kind, width)
+        for tried in integer.widths(scheme, width):
+            jobs.load(scheme, kind, tried, many)
 
 
 @cache
 def _register() -> None:
-    from quantcore_backends.jax_backend.ffi import frame, handlers, pool, rounded
+    from quantcore_backends.jax_backend.ffi import frame, handlers, parts, pool
 
     with open(abi.header(jax.ffi.include_dir()), encoding="utf-8") as file:
         (frame.TABLE[0], frame.TABLE[1]), _, _ = abi.read_header(file.read())
     pool.install(thread_count())
-    rounded.install()
+    parts.install()
     jax.devices("cpu")
     for name, handler in (("quantcore_product", handlers.product), ("quantcore_decode", handlers.decode)):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler.address), platform="cpu")

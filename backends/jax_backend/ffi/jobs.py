@@ -1,0 +1,157 @@
+"""One go of a product with x rounded to integers: memory, the kernels' jobs in it, and whom integers don't serve.
+
+What a kernel needs is worked out here from the shapes, not taken from the module: it depends on the processor.
+"""
+
+from typing import Final
+
+from numba import carray
+
+from quantcore import Scheme
+from quantcore_backends.cpu_kernels import integer, layout
+from quantcore_backends.cpu_kernels.activations import run_length
+from quantcore_backends.cpu_kernels.disk_cache import njit
+from quantcore_backends.cpu_kernels.job import CALL, JOB, PLAN, job_at
+from quantcore_backends.cpu_kernels.vectors import LANES
+from quantcore_backends.jax_backend.ffi import parts
+from quantcore_backends.jax_backend.ffi.bodies import chosen_weight, floats
+from quantcore_backends.jax_backend.ffi.frame import FIRST_ROUNDED, OPTIONS, TABLE, free, load64, malloc, store64, table
+from quantcore_backends.jax_backend.ffi.operands import bytes_at
+
+__all__ = ["has_kernel", "load", "multiply"]
+
+_KIND, _BITS, _GROUP = 8, 16, 32
+(_X, _PACKED, _SCALES, _BIASES, _WHICH, _OUT, _SUMS, _TAIL, _COUNT, _ROWS, _COLUMNS) = range(0, 88, 8)
+_ROW, _SCALE_ROW = 112, 120
+
+_JOB_BYTES: Final = JOB.itemsize
+_PLAN_AT: Final = 8 * len(CALL)
+_SAFE, _COPY_ROW = PLAN.index("safe"), PLAN.index("copy_row")
+_MOST_RUN: Final = run_length(None)
+_THREADED: Final = integer.THREADED
+_FEW_ROWS: Final = integer.FEW_ROWS
+
+_bound = njit(**OPTIONS)(layout.bound)
+_of_few_rows = njit(**OPTIONS)(layout.of_few_rows)
+_of_tiles = njit(**OPTIONS)(layout.of_tiles)
+_places = njit(**OPTIONS)(layout.places)
+_plan = njit(**OPTIONS)(layout.plan)
+_turns = njit(**OPTIONS)(layout.turns)
+
+
+@njit(**OPTIONS)
+def _entry(bits, group, kind, width, many):
+    """Where in the table kernels stand for few or many rows of x: rounder, kernel, codes at a time or rows of a block.
+
+    Of 24 bits there are none in tiles.
+    """
+    number = 0
+    while group >> (4 + number):
+        number += 1
+    scheme = (number * 8 + bits - 1) * 3 + kind
+    return FIRST_ROUNDED + 3 * (scheme * 5 + width // 8 - 1 + (3 if many and width < 24 else 0))
+
+
+@njit(**OPTIONS)
+def _kernels(spec, rows_of_x, width):
+    """Address of what the table has for so many rows of x."""
+    bits, group, kind = load64(spec + _BITS), load64(spec + _GROUP), load64(spec + _KIND)
+    return table() + 8 * _entry(bits, group, kind, width, rows_of_x > _FEW_ROWS)
+
+
+@njit(**OPTIONS)
+def has_kernel(spec, block, width):
+    """Whether the kernels for integers of that width are loaded."""
+    return load64(_kernels(spec, load64(block + _COUNT), width)) != 0
+
+
+@njit(**OPTIONS)
+def multiply(frame, spec, block, product, products, row, count, width, served):
+    """Multiply `count` rows of x from `row` on, of `products` from `product` on, that aren't served yet.
+
+    Marks those that integers of that width serve. False without memory.
+    """
+    bits, group, kind = load64(spec + _BITS), load64(spec + _GROUP), load64(spec + _KIND)
+    all_rows, rows, columns = load64(block + _COUNT), load64(block + _ROWS), load64(block + _COLUMNS)
+    packed_row, scale_row = load64(block + _ROW), load64(block + _SCALE_ROW)
+    entry = _kernels(spec, all_rows, width)
+    rounder, kernel, number = load64(entry), load64(entry + 8), load64(entry + 16)
+    groups = scale_row // (4 if kind == 0 else 2)
+    run = min(group, _MOST_RUN) if group else _MOST_RUN
+    height = 0
+    if width < 24 and all_rows > _FEW_ROWS:
+        height = number
+        sizes = _of_tiles(count, columns, groups, bits, run, LANES, width)
+    else:
+        sizes = _of_few_rows(columns, groups, bits, group, number, LANES, width)
+    shift, reads, codes, scales, sums, tile_words, scratch = sizes
+    plan = _plan(
+        rows,
+        columns,
+        packed_row // 4,
+        groups,
+        packed_row,
+        scale_row,
+        kind,
+        bits,
+        group,
+        run,
+        shift,
+        reads,
+        codes,
+        scales,
+        sums,
+        tile_words,
+        scratch,
+        _bound(rows, width),
+    )
+    safe, copy_row = plan[_SAFE], plan[_COPY_ROW]
+    at_codes, at_scales, at_sums, at_copy, stride = _places(
+        _JOB_BYTES, count, codes, scales, sums, (rows - safe) * copy_row
+    )
+    threads = load64(table() + 16) if products * count * rows * columns >= _THREADED else 1
+    memory = malloc(64 + parts.TOLD + products * stride + threads * scratch)
+    if memory == 0:
+        return False
+    told = memory + 63 & -64
+    jobs = told + parts.TOLD
+    for p in range(products):
+        address, weight = jobs + p * stride, chosen_weight(block, product + p)
+        first = (product + p) * all_rows + row
+        job = job_at(address)
+        job.x, job.x_row = load64(block + _X) + 4 * first * columns, 4 * columns
+        job.out, job.rows = load64(block + _OUT) + 4 * first * rows, count
+        job.codes, job.code_scales, job.sums = address + at_codes, address + at_scales, address + at_sums
+        job.packed = load64(block + _PACKED) + weight * rows * packed_row
+        job.scales = load64(block + _SCALES) + weight * rows * scale_row
+        job.biases = load64(block + _BIASES) + weight * rows * scale_row
+        job.copy, job.scratch, job.refused = address + at_copy, jobs + products * stride, served[p]
+        for i in range(len(plan)):
+            store64(address + _PLAN_AT + 8 * i, plan[i])
+        if served[p] == 0:
+            for n in range(rows - safe):
+                source = carray(bytes_at(job.packed + (safe + n) * packed_row), packed_row)
+                carray(bytes_at(job.copy + n * copy_row), copy_row)[:packed_row] = source
+            if height and count % 4:
+                # Rows that fill up the last block have scales of 0, lest they be slow to compute with.
+                block_row = count // height * height
+                of_block = (count + 3 & -4) - block_row
+                carray(floats(job.code_scales + block_row * scales), of_block * (scales // 4))[:] = 0
+    rounded, whole, part = _turns(count, rows, height, LANES, threads)
+    parts.set_jobs(told, jobs, stride, products)
+    parts.set_rounding(told, rounder, count, rounded)
+    parts.set_multiplying(told, kernel, whole, part)
+    done = parts.run(frame, told, threads)
+    for p in range(products):
+        if job_at(jobs + p * stride).refused == 0:
+            served[p] = 1
+    free(memory)
+    return done
+
+
+def load(scheme: Scheme, kind: int, width: int, many: bool) -> None:
+    """Compile the kernels of a scheme, or read them from the cache, and put them into the table."""
+    tiled = many and width < 24
+    found = integer.tile_kernels(scheme, width) if tiled else integer.row_kernels(scheme, kind, width)
+    place = _entry.py_func(scheme.bits, scheme.group_size or 0, kind, width, many)
+    TABLE[place + 2], TABLE[place + 1], TABLE[place] = found[2], found.kernel.address, found.rounder.address
