@@ -1,7 +1,8 @@
 """Products in tiles: some rows of the weight are dense at a time, and XLA's own dot does the rest.
 
-This is the product on GPUs and TPUs, of many rows of x on the CPU, and wherever the compiled targets can't be used. A
-loop of XLA's goes over the tiles, so that no more than `TILE` elements of the weight are ever dense.
+This is the product on GPUs and TPUs, on the CPU of more rows of x than a kernel takes (see :mod:`routes`), and wherever
+the compiled targets can't be used. A loop of XLA's goes over the tiles, so that no more than `TILE` elements of the
+weight are ever dense.
 """
 
 from collections.abc import Callable

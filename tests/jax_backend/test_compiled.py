@@ -191,8 +191,9 @@ def test_a_module_that_does_not_fit_gives_an_error_of_xlas(case: Any) -> None:
 # --- threads and processes --------------------------------------------------------------------------------------
 
 
-def test_calls_from_several_threads(case: Any, close: Any) -> None:
-    it = case(shape=(512, 512), rows=1)
+@pytest.mark.parametrize("rows", [1, 40])
+def test_calls_from_several_threads(case: Any, close: Any, rows: int) -> None:
+    it = case(shape=(512, 512), rows=rows)
     compiled = jax.jit(qc.dot)
     outputs: list[Any] = []
 
@@ -215,7 +216,7 @@ _FORK = """
     warnings.simplefilter("ignore")
     import numpy as np, jax, jax.numpy as jnp, quantcore as qc
     w = jnp.asarray(np.random.default_rng(0).standard_normal((1024, 1024)), jnp.float32)
-    qw, x = qc.quantize(w), w[:1]
+    qw, x = qc.quantize(w), w[:ROWS]
     compiled = jax.jit(qc.dot)
     before = np.asarray(compiled(x, qw))
     child = os.fork()
@@ -228,10 +229,49 @@ _FORK = """
 """
 
 
-@pytest.mark.parametrize("call", ["qc.dot", "compiled"])
-def test_after_a_fork(call: str) -> None:
+@pytest.mark.parametrize(("call", "rows"), [("qc.dot", 1), ("compiled", 1), ("compiled", 16)])
+def test_after_a_fork(call: str, rows: int) -> None:
     """Concrete arrays, and what was compiled before the fork."""
-    assert run(_FORK.replace("CALL", call)).strip() == "0"
+    assert run(_FORK.replace("CALL", call).replace("ROWS", str(rows))).strip() == "0"
+
+
+@pytest.mark.parametrize("threads", [1, 3, 70])
+def test_any_number_of_threads(threads: int) -> None:
+    """Each has its own scratch memory; of chosen weights of a stack there are several products in one go."""
+    code = """
+        import numpy as np, jax, jax.numpy as jnp, quantcore as qc
+        from quantcore.testing import oracle
+        w = np.random.default_rng(0).standard_normal((3, 520, 512)).astype(np.float32)
+        local = qc.quantize(w, "affine-int3-g64")
+        stack, exact = local.to("jax"), oracle.exact_weight(*local.flatten()[0], local.scheme, 512)
+        dot = jax.jit(qc.gather_dot, static_argnames="precision")
+        chosen = jnp.arange(7) % 3
+        for rows in (1, 3, 9, 100):
+            x = np.random.default_rng(1).standard_normal((7, rows, 512)).astype(np.float32)
+            for precision, bound in (("default", 1e-8), ("fast", 1e-4), ("highest", 1e-12)):
+                made = np.asarray(dot(jnp.asarray(x), stack, jnp.arange(7), chosen, precision=precision), np.float64)
+                true = x.astype(float) @ exact[np.arange(7) % 3].swapaxes(1, 2)
+                print(((made - true) ** 2).sum() / (true ** 2).sum() <= bound)
+    """
+    assert run(code, QUANTCORE_NUM_THREADS=str(threads)).split() == ["True"] * 12
+
+
+def test_only_the_kernels_that_a_product_needs_are_loaded() -> None:
+    code = """
+        import jax, jax.numpy as jnp, quantcore as qc
+        from quantcore_backends.cpu_kernels import integer
+        from quantcore_backends.jax_backend.ffi import frame
+        qw = qc.quantize(jnp.ones((40, 128)), "affine-int4-g64")
+        before = 0
+        for rows, precision in ((1, "default"), (4, "default"), (1, "fast"), (5, "default"), (32, "highest")):
+            jax.jit(qc.dot, static_argnames="precision").lower(jnp.ones((rows, 128)), qw, precision=precision)
+            loaded = sum(address != 0 for address in frame.TABLE[frame.FIRST_ROUNDED :: 3])
+            print(loaded - before)
+            before = loaded
+        print(int(integer.has_byte_dot(qw.scheme)), int(integer.has_wide(qw.scheme)))
+    """
+    *loaded, fast, wide = run(code).split()
+    assert loaded == ["1", "0", fast, "1", wide]
 
 
 def test_the_disk_cache_serves_the_next_process(tmp_path: Path) -> None:
