@@ -66,6 +66,40 @@ def has_kernel(spec, block, width):
 
 
 @njit(**OPTIONS)
+def _set_job(address, block, product, row, count, places, plan):
+    """Write down one product of `count` rows of x, from `row` on; of what lies behind the job, `places` says where."""
+    all_rows, rows, columns = load64(block + _COUNT), load64(block + _ROWS), load64(block + _COLUMNS)
+    packed_row, scale_row = load64(block + _ROW), load64(block + _SCALE_ROW)
+    first, weight = product * all_rows + row, chosen_weight(block, product)
+    job = job_at(address)
+    job.x, job.x_row = load64(block + _X) + 4 * first * columns, 4 * columns
+    job.out, job.rows = load64(block + _OUT) + 4 * first * rows, count
+    job.codes, job.code_scales = address + places[0], address + places[1]
+    job.sums, job.copy = address + places[2], address + places[3]
+    job.packed = load64(block + _PACKED) + weight * rows * packed_row
+    job.scales = load64(block + _SCALES) + weight * rows * scale_row
+    job.biases = load64(block + _BIASES) + weight * rows * scale_row
+    for i in range(len(plan)):
+        store64(address + _PLAN_AT + 8 * i, plan[i])
+
+
+@njit(**OPTIONS)
+def _copy_last_rows(job):
+    """Copy rows of the weight to where there is memory behind them that a vector may read."""
+    for n in range(job.safe, job.out_features):
+        source = carray(bytes_at(job.packed + n * job.packed_row), job.packed_row)
+        carray(bytes_at(job.copy + (n - job.safe) * job.copy_row), job.packed_row)[:] = source
+
+
+@njit(**OPTIONS)
+def _clear_last_block(job, height):
+    """Scales of 0 for what fills up the last block of rows of x, lest it be slow to compute with."""
+    first = job.rows // height * height
+    scales = job.code_scales + first * job.code_scales_row
+    carray(floats(scales), ((job.rows + 3 & -4) - first) * job.code_scales_row // 4)[:] = 0
+
+
+@njit(**OPTIONS)
 def multiply(frame, spec, block, product, products, row, count, width, served):
     """Multiply `count` rows of x from `row` on, of `products` from `product` on, that aren't served yet.
 
@@ -84,31 +118,12 @@ def multiply(frame, spec, block, product, products, row, count, width, served):
         sizes = _of_tiles(count, columns, groups, bits, run, LANES, width)
     else:
         sizes = _of_few_rows(columns, groups, bits, group, number, LANES, width)
-    shift, reads, codes, scales, sums, tile_words, scratch = sizes
-    plan = _plan(
-        rows,
-        columns,
-        packed_row // 4,
-        groups,
-        packed_row,
-        scale_row,
-        kind,
-        bits,
-        group,
-        run,
-        shift,
-        reads,
-        codes,
-        scales,
-        sums,
-        tile_words,
-        scratch,
-        _bound(rows, width),
-    )
-    safe, copy_row = plan[_SAFE], plan[_COPY_ROW]
-    at_codes, at_scales, at_sums, at_copy, stride = _places(
-        _JOB_BYTES, count, codes, scales, sums, (rows - safe) * copy_row
-    )
+    shift, reads, codes, scales, sums, words, scratch = sizes
+    of_weight = (rows, columns, packed_row // 4, groups, packed_row, scale_row, kind, bits, group)
+    plan = _plan(*of_weight, run, shift, reads, codes, scales, sums, words, scratch, _bound(rows, width))
+    copy = (rows - plan[_SAFE]) * plan[_COPY_ROW]
+    places = _places(_JOB_BYTES, count, codes, scales, sums, copy)
+    stride = places[4]
     threads = load64(table() + 16) if products * count * rows * columns >= _THREADED else 1
     memory = malloc(64 + parts.TOLD + products * stride + threads * scratch)
     if memory == 0:
@@ -116,27 +131,13 @@ def multiply(frame, spec, block, product, products, row, count, width, served):
     told = memory + 63 & -64
     jobs = told + parts.TOLD
     for p in range(products):
-        address, weight = jobs + p * stride, chosen_weight(block, product + p)
-        first = (product + p) * all_rows + row
-        job = job_at(address)
-        job.x, job.x_row = load64(block + _X) + 4 * first * columns, 4 * columns
-        job.out, job.rows = load64(block + _OUT) + 4 * first * rows, count
-        job.codes, job.code_scales, job.sums = address + at_codes, address + at_scales, address + at_sums
-        job.packed = load64(block + _PACKED) + weight * rows * packed_row
-        job.scales = load64(block + _SCALES) + weight * rows * scale_row
-        job.biases = load64(block + _BIASES) + weight * rows * scale_row
-        job.copy, job.scratch, job.refused = address + at_copy, jobs + products * stride, served[p]
-        for i in range(len(plan)):
-            store64(address + _PLAN_AT + 8 * i, plan[i])
+        _set_job(jobs + p * stride, block, product + p, row, count, places, plan)
+        job = job_at(jobs + p * stride)
+        job.scratch, job.refused = jobs + products * stride, served[p]
         if served[p] == 0:
-            for n in range(rows - safe):
-                source = carray(bytes_at(job.packed + (safe + n) * packed_row), packed_row)
-                carray(bytes_at(job.copy + n * copy_row), copy_row)[:packed_row] = source
+            _copy_last_rows(job)
             if height and count % 4:
-                # Rows that fill up the last block have scales of 0, lest they be slow to compute with.
-                block_row = count // height * height
-                of_block = (count + 3 & -4) - block_row
-                carray(floats(job.code_scales + block_row * scales), of_block * (scales // 4))[:] = 0
+                _clear_last_block(job, height)
     rounded, whole, part = _turns(count, rows, height, LANES, threads)
     parts.set_jobs(told, jobs, stride, products)
     parts.set_rounding(told, rounder, count, rounded)

@@ -55,10 +55,15 @@ def set_multiplying(told, kernel, whole, size):
 
 
 @njit(**OPTIONS)
+def _parts(turn):
+    """Parts of a job in a turn."""
+    return (load64(turn + _ALL) + load64(turn + _SIZE) - 1) // load64(turn + _SIZE)
+
+
+@njit(**OPTIONS)
 def _take_turn(told, turn, thread):
     """Do parts until all are done, but none of a job that integers don't serve."""
-    whole, size = load64(turn + _ALL), load64(turn + _SIZE)
-    parts = (whole + size - 1) // size
+    whole, size, parts = load64(turn + _ALL), load64(turn + _SIZE), _parts(turn)
     count = parts * load64(told + _COUNT)
     part = atomic_add(turn + _NEXT, 1)
     while part < count:
@@ -80,13 +85,12 @@ def _task(thread, told):
 
 @njit(**OPTIONS)
 def run(frame, told, threads):
-    """Do all of it, in so many threads; False without memory."""
-    return pool.for_chunks(frame, load64(table() + 32), told, threads) if threads > 1 else _alone(told)
-
-
-@njit(**OPTIONS)
-def _alone(told):
-    call2(load64(table() + 32), 0, told)
+    """Do all of it, in at most so many threads; False without memory."""
+    task = load64(table() + 32)
+    parts = load64(told + _COUNT) * max(_parts(told + _ROUNDING), _parts(told + _MULTIPLYING))
+    if min(threads, parts) > 1:
+        return pool.for_chunks(frame, task, told, min(threads, parts))
+    call2(task, 0, told)
     return True
 
 
