@@ -10,7 +10,6 @@ from typing import Any, Final
 
 import numpy as np
 
-from quantcore_backends.cpu_kernels import layout
 from quantcore_backends.cpu_kernels.activations import step_codes
 from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
 from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, STAMP, floats_at, job_at, row_of
@@ -32,9 +31,6 @@ _WIDTH: Final = 24
 _FLUSH: Final = 4096
 """Columns after which lanes go into float64."""
 _VECTOR: Final = 4 * LANES
-
-
-_laid = njit(**COMPILED)(layout.laid)
 
 
 def _laying(kind: int) -> Any:
@@ -90,7 +86,7 @@ def four_rows(bits: int, run: int, scales: int) -> Any:
     def kernel(address, thread, first, last):
         job = job_at(address if stamp else 0)
         steps = (job.in_features + step - 1) // step
-        laid = _laid(job.groups, LANES)
+        laid = job.scratch_size // 12  # of each of four rows, scales, raised biases and codes of 0
         s0 = job.scratch + thread * job.scratch_size
         s1, s2, s3 = s0 + 3 * laid, s0 + 6 * laid, s0 + 9 * laid
         r0, r1, r2, r3 = s0 + laid, s1 + laid, s2 + laid, s3 + laid

@@ -3,7 +3,7 @@
 Plain arithmetic on plain integers, and no function calls another, so that each can be compiled as it is.
 """
 
-__all__ = ["SPARE", "VECTORS", "bound", "laid", "of_few_rows", "of_tiles", "places", "plan", "turns"]
+__all__ = ["SPARE", "VECTORS", "bound", "of_few_rows", "of_tiles", "places", "plan", "turns"]
 
 _OVERREAD = 48
 """Bytes behind a row's codes that a vector may read where codes cross words."""
@@ -36,18 +36,14 @@ def bound(outputs: int, width: int) -> int:
     return int((1e6 if width == 24 else 1e10 if width == 16 else 1e14) / spread)
 
 
-def laid(groups: int, lanes: int) -> int:
-    """Bytes of something of each group of a row, in float32 or int32: in whole vectors, and one to read past."""
-    return (-(-groups // lanes) + 1) * lanes * 4
-
-
 def of_few_rows(
     columns: int, groups: int, bits: int, group: int, step: int, lanes: int, width: int
 ) -> tuple[int, int, int, int, int, int, int]:
     """What the kernels of few rows read and write, beginning with `group_shift`.
 
     Then bytes of a packed row, of a row of x's codes, of its scales and of its sums; `tile_words`, which is 0; and
-    bytes of scratch memory for each thread: with 24 bits, of each of four rows three times what :func:`laid` says.
+    bytes of scratch memory for each thread: with 24 bits, of each of four rows its scales, its raised biases and its
+    codes of 0, each in whole vectors, and one to read past.
 
     Parameters
     ----------
