@@ -13,7 +13,6 @@ from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
 from quantcore_backends.cpu_kernels.job import (
     COMPILED,
     KERNEL,
-    STAMP,
     eight_bits_at,
     floats_at,
     integers_at,
@@ -123,11 +122,9 @@ def row_rounder(bits: int, run: int, width: int) -> Any:
     chunk, planes, lanes = chunk_codes(bits), lane_codes(bits) // parts, run * LANES // step
     plane, of_lane = chunk // planes, run // lanes
 
-    stamp = STAMP
-
     @cfunc(KERNEL, cache=True, **COMPILED)
     def kernel(address, thread, first, last):
-        job = job_at(address if stamp else 0)
+        job = job_at(address)
         columns, bound = job.in_features, np.float32(job.bound * 1e-18)
         runs = (columns + step - 1) // step * (step // run)
         padded, integers = np.zeros(run, np.float32), np.empty(run, np.int32)
@@ -187,11 +184,9 @@ def block_rounder(bits: int, run: int, width: int, height: int) -> Any:
     each, run_bytes = lane_codes(bits), run * width // 8
     planes = each // parts
 
-    stamp = STAMP
-
     @cfunc(KERNEL, cache=True, **COMPILED)
     def kernel(address, thread, first, last):
-        job = job_at(address if stamp else 0)
+        job = job_at(address)
         columns, bound = job.in_features, np.float32(job.bound * 1e-18)
         runs = (columns + run - 1) // run
         padded, integers = np.zeros(run, np.float32), np.empty(run, np.int32)

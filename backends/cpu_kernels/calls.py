@@ -6,7 +6,7 @@ from numba import types
 from numba.extending import overload
 
 from quantcore_backends.cpu_kernels.disk_cache import njit
-from quantcore_backends.cpu_kernels.job import CALL, COMPILED, JOB, STAMP, addresses_at, bytes_at
+from quantcore_backends.cpu_kernels.job import CALL, COMPILED, JOB, addresses_at, bytes_at
 from quantcore_backends.cpu_kernels.pool import parallel
 
 __all__ = ["call"]
@@ -33,45 +33,39 @@ def _address_of(operand):
     return lambda operand: operand
 
 
-def _caller(stamp: int) -> Any:
-    @njit(cache=True, **COMPILED)
-    def call(
-        pool: Any, x: Any, out: Any, memory: Any, template: Any, packed: Any, scales: Any, biases: Any, slot: Any
-    ) -> Any:
-        """Round x to integers, then multiply; whether integers served, so that `out` is right.
+@njit(cache=True, **COMPILED)
+def call(
+    pool: Any, x: Any, out: Any, memory: Any, template: Any, packed: Any, scales: Any, biases: Any, slot: Any
+) -> Any:
+    """Round x to integers, then multiply; whether integers served, so that `out` is right.
 
-        Parameters
-        ----------
-        pool : int
-            Address, or 0.
-        x, out : array, shape (M, K) and (M, N), float32, C-contiguous
-            Or their addresses.
-        memory : array, uint8
-        template : array, int64
-            A job in which addresses in `memory` count from its first whole cache line; then the bytes of a packed row,
-            and twice a kernel's address, its parts, and the length of a part.
-        packed, scales, biases : int
-            Addresses.
-        slot : int
-            The weight's, in the table of :mod:`ahead`; 0 for none.
-        """
-        start = (memory.ctypes.data + 63) // 64 * 64
-        job = addresses_at(start, _FIELDS if stamp else 0)
-        job[:] = template[:_FIELDS]
-        job[_X], job[_OUT] = _address(x), _address(out)
-        job[_PACKED], job[_SCALES], job[_BIASES] = packed, scales, biases
-        for field in (_CODES, _CODES + 1, _CODES + 2, _COPY, _SCRATCH):
-            job[field] += start
-        turns = template[_FIELDS:]
-        for n in range(job[_SAFE], job[_OUTPUTS]):
-            to = bytes_at(job[_COPY] + (n - job[_SAFE]) * job[_COPY_ROW], turns[0])
-            to[:] = bytes_at(packed + n * job[_PACKED_ROW], turns[0])
-        parallel(pool if turns[2] > turns[3] else 0, turns[1], start, turns[2], turns[3])
-        if job[_REFUSED] == 0:
-            parallel(pool, turns[4], start, turns[5], turns[6], slot)
-        return job[_REFUSED] == 0
-
-    return call
-
-
-call = _caller(STAMP)
+    Parameters
+    ----------
+    pool : int
+        Address, or 0.
+    x, out : array, shape (M, K) and (M, N), float32, C-contiguous
+        Or their addresses.
+    memory : array, uint8
+    template : array, int64
+        A job in which addresses in `memory` count from its first whole cache line; then the bytes of a packed row,
+        and twice a kernel's address, its parts, and the length of a part.
+    packed, scales, biases : int
+        Addresses.
+    slot : int
+        The weight's, in the table of :mod:`ahead`; 0 for none.
+    """
+    start = (memory.ctypes.data + 63) // 64 * 64
+    job = addresses_at(start, _FIELDS)
+    job[:] = template[:_FIELDS]
+    job[_X], job[_OUT] = _address(x), _address(out)
+    job[_PACKED], job[_SCALES], job[_BIASES] = packed, scales, biases
+    for field in (_CODES, _CODES + 1, _CODES + 2, _COPY, _SCRATCH):
+        job[field] += start
+    turns = template[_FIELDS:]
+    for n in range(job[_SAFE], job[_OUTPUTS]):
+        to = bytes_at(job[_COPY] + (n - job[_SAFE]) * job[_COPY_ROW], turns[0])
+        to[:] = bytes_at(packed + n * job[_PACKED_ROW], turns[0])
+    parallel(pool if turns[2] > turns[3] else 0, turns[1], start, turns[2], turns[3])
+    if job[_REFUSED] == 0:
+        parallel(pool, turns[4], start, turns[5], turns[6], slot)
+    return job[_REFUSED] == 0

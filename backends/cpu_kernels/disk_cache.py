@@ -8,11 +8,17 @@ there is to it: numbers, or functions that are made here.
 Numba also numbers a function's cached files by what the index says is there. Two processes that look at the same time
 take the same number for different code, and what stays is an index in which one key names the other's code. Here a
 file's number follows from what is in it: the worst that can be lost is an entry, which is compiled again.
+
+And it looks at a function's own file only to see whether compiled code is still that of the source. What is compiled
+has the code of what it calls in it, and kernels share the layout of memory: here all files of the function's package,
+and of this one, have a say.
 """
 
 import hashlib
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
 
 import numba
 from numba.core import sigutils
@@ -20,6 +26,15 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.ccallback import CFunc
 
 __all__ = ["cfunc", "njit"]
+
+_HERE: Final = Path(__file__).parent
+
+
+@cache
+def _digest(folder: Path) -> str:
+    """Of all sources in a folder."""
+    sources = sorted(folder.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
 class _NumberedByContent(IndexDataCacheFile):
@@ -34,11 +49,11 @@ class _NumberedByContent(IndexDataCacheFile):
 class _Cache(FunctionCache):
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
-        locator = self._impl.locator
+        locator, folder = self._impl.locator, Path(function.__code__.co_filename).parent
         self._cache_file = _NumberedByContent(
             cache_path=locator.get_cache_path(),
             filename_base=self._impl.filename_base,
-            source_stamp=locator.get_source_stamp(),
+            source_stamp=(locator.get_source_stamp(), _digest(_HERE), _digest(folder)),
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
-from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, STAMP, bytes_at, floats_at, job_at, words_at
+from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, bytes_at, floats_at, job_at, words_at
 from quantcore_backends.cpu_kernels.simd import LANES, greatest, larger, least, load, scale_at, smaller, splat
 
 __all__ = ["encoder"]
@@ -95,11 +95,9 @@ def encoder(bits: int, kind: int) -> Any:
     word = {2: np.uint16, 4: np.uint32}.get(bits, np.uint64)
     fills = bits in (2, 4, 8)
 
-    stamp = STAMP
-
     @cfunc(KERNEL, cache=True, **COMPILED)
     def kernel(address, thread, first, last):
-        job = job_at(address if stamp else 0)
+        job = job_at(address)
         columns = job.in_features
         blocks = (columns + _BLOCK - 1) // _BLOCK
         converted = np.empty(columns, np.float32)

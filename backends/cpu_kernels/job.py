@@ -1,7 +1,5 @@
 """What a product's compiled kernels are told: one record in memory, since a thread pool passes one address."""
 
-import zlib
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -16,7 +14,6 @@ __all__ = [
     "JOB",
     "KERNEL",
     "PLAN",
-    "STAMP",
     "addresses_at",
     "bytes_at",
     "eight_bits_at",
@@ -80,8 +77,6 @@ PLAN: Final = (
 """Fields that follow from shapes and strides."""
 
 JOB: Final = np.dtype([(name, np.int64) for name in (*CALL, *PLAN)])
-STAMP: Final = zlib.crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))) | 1 << 32
-"""Of all sources here. Kernels that are cached on disk close over it, since Numba looks at a kernel's own file only."""
 
 KERNEL: Final = types.void(types.intp, types.intp, types.intp, types.intp)
 """Signature of a kernel: the job's address, the thread's number, the first and the end of its part."""

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from quantcore_backends.cpu_kernels.activations import step_codes
 from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
-from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, STAMP, floats_at, job_at, row_of
+from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, floats_at, job_at, row_of
 from quantcore_backends.cpu_kernels.simd import fma, load, prefetch, times, total, zero
 from quantcore_backends.cpu_kernels.simd_int import (
     chunk_codes,
@@ -85,11 +85,9 @@ def four_rows(bits: int, kind: int, run: int, scales: int, width: int) -> Any:
     chunks = step // chunk_codes(bits)
     packed_step, codes_step = step * bits // 8, step * width // 8
 
-    stamp = STAMP
-
     @cfunc(KERNEL, cache=True, **COMPILED)
     def kernel(address, thread, first, last):
-        job = job_at(address if stamp else 0)
+        job = job_at(address)
         whole, left = job.in_features // step, job.in_features % step
         valid = (left + job.group - 1) // job.group
         at = (whole * scales >> job.group_shift) * job.scale_step

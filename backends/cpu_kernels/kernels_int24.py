@@ -12,7 +12,7 @@ import numpy as np
 
 from quantcore_backends.cpu_kernels.activations import step_codes
 from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
-from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, STAMP, floats_at, job_at, row_of
+from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, floats_at, job_at, row_of
 from quantcore_backends.cpu_kernels.kernels_int import AHEAD, LINE, prefetch_four
 from quantcore_backends.cpu_kernels.simd import fma, load, splat, store, times, total, zero
 from quantcore_backends.cpu_kernels.simd_int import chunk_codes, dot, spread, spread_first, to_floats
@@ -80,11 +80,9 @@ def four_rows(bits: int, run: int, scales: int) -> Any:
     chunks, top = step // chunk_codes(bits), np.float32((1 << bits) - 1)
     packed_step, codes_step, flush = step * bits // 8, step * _WIDTH // 8, max(1, _FLUSH // step)
 
-    stamp = STAMP
-
     @cfunc(KERNEL, cache=True, **COMPILED)
     def kernel(address, thread, first, last):
-        job = job_at(address if stamp else 0)
+        job = job_at(address)
         steps = (job.in_features + step - 1) // step
         laid = job.scratch_size // 12  # of each of four rows, scales, raised biases and codes of 0
         s0 = job.scratch + thread * job.scratch_size

@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
-from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, STAMP, addresses_at, floats_at, job_at, row_of
+from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, addresses_at, floats_at, job_at, row_of
 from quantcore_backends.cpu_kernels.layout import SPARE, VECTORS
 from quantcore_backends.cpu_kernels.simd import scale_at
 from quantcore_backends.cpu_kernels.simd_int import chunk_codes
@@ -95,11 +95,9 @@ def tiles(bits: int, run: int, width: int, height: int) -> Any:
     """
     held, chunk = held_bits(bits), chunk_codes(bits)
 
-    stamp = STAMP
-
     @cfunc(KERNEL, cache=True, **COMPILED)
     def kernel(address, thread, first, last):
-        job = job_at(address if stamp else 0)
+        job = job_at(address)
         runs = (job.in_features + run - 1) // run
         words = job.tile_words
         tile = job.scratch + thread * job.scratch_size

@@ -88,6 +88,27 @@ def test_another_version_of_the_source_is_compiled_anew(cache: Path, monkeypatch
     assert times(5)._cache_hits == 1
 
 
+def test_another_version_of_a_neighbour_is_compiled_anew(tmp_path: Path) -> None:
+    """Numba looks at the function's own file only, and would go on with what the neighbour was."""
+    (tmp_path / "neighbour.py").write_text("OFFSET = 1\n")
+    (tmp_path / "own.py").write_text(
+        "from numba import types\n"
+        "from neighbour import OFFSET\n"
+        "from quantcore_backends.cpu_kernels.disk_cache import cfunc\n\n"
+        "@cfunc(types.int64(types.int64), cache=True)\n"
+        "def add(x):\n"
+        "    return x + OFFSET\n\n"
+        "print(add.ctypes(40), add._cache_hits)\n"
+    )
+
+    def printed() -> str:
+        return subprocess.run([sys.executable, "own.py"], cwd=tmp_path, capture_output=True, text=True).stdout.strip()
+
+    assert [printed(), printed()] == ["41 0", "41 1"]
+    (tmp_path / "neighbour.py").write_text("OFFSET = 22  # of another size, lest Python keep its bytecode\n")
+    assert [printed(), printed()] == ["62 0", "62 1"]
+
+
 FACTORY = """
 import numpy as np
 from numba import types
