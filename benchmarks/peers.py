@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from common import interleaved, print_table, repeated, save, shown, spread
+from common import interleaved, print_table, repeated, save, settle, shown, spread
 
 MILLI = 1e3
 SHAPES = ((4096, 4096), (1024, 1024))
@@ -129,7 +129,7 @@ def mlx() -> Any:
 def measured(candidates: list[Candidate], error: Callable[[Any], float], case: dict[str, Any], options: Any) -> Any:
     """Time and error of each, and the time as a ratio to the first's."""
     errors = {c.name: error(c.compute()) for c in candidates}
-    taken = interleaved({c.name: repeated(c.compute) for c in candidates}, options.repeats, options.seconds)
+    taken = interleaved({c.name: repeated(c.compute) for c in candidates}, options.repeats, options.seconds, settle)
     first = taken[candidates[0].name]
     return [
         {

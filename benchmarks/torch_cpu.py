@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import argparse
 import copy
+import statistics
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from common import interleaved, print_table, repeated, save, shown, spread
+from common import interleaved, print_table, repeated, save, settle, shown, spread
 from torch import nn
 
 import quantcore as qc
@@ -121,7 +124,7 @@ def products(repeats: int, seconds: float) -> dict[str, Any]:
         } | {name: (lambda x=x, layer=layer: layer(x)) for name, layer in of_peers.items()}
         with torch.inference_mode():
             errors = {name: _error(call, name, xn, exact, dense) for name, call in calls.items()}
-            taken = interleaved({name: repeated(call) for name, call in calls.items()}, repeats, seconds)
+            taken = interleaved({name: repeated(call) for name, call in calls.items()}, repeats, seconds, settle)
         base = taken["NumPy, quantcore.dot"]
         results[f"M={rows}"] = table = {
             name: {
@@ -176,7 +179,8 @@ def minilm(repeats: int, seconds: float) -> dict[str, Any]:
             "its products, on NumPy": lambda p=on_numpy: [qc.dot(x, w) for x, w in p],
         }
         with torch.inference_mode():
-            taken = interleaved({name: repeated(call) for name, call in calls.items()}, repeats, seconds)
+            taken = interleaved({name: repeated(call) for name, call in calls.items()}, repeats, seconds, settle)
+            taken |= inside(models["model, quantized"], models["model, quantized compiled"], inputs, repeats)
         direct = taken["its products, called directly"]
         results[title] = table = {
             name: {"ms": spread(t, 1e3), "ratio": spread([a / b for a, b in zip(t, direct, strict=True)])}
@@ -187,7 +191,54 @@ def minilm(repeats: int, seconds: float) -> dict[str, Any]:
             ("what", "ms", "ratio to the products called directly"),
             [(name, shown(row["ms"]), shown(row["ratio"])) for name, row in table.items()],
         )
+        inner = [a / b for a, b in zip(taken[IN_COMPILED], taken[IN_EAGER], strict=True)]
+        table[IN_COMPILED]["ratio to those in the eager model"] = spread(inner)
+        print(f"\n{IN_COMPILED}, over those in the eager model: {shown(spread(inner))}")
     return results
+
+
+IN_EAGER, IN_COMPILED = "products inside the eager model", "products inside the compiled model"
+
+
+def inside(eager: nn.Module, compiled_model: Any, inputs: list[torch.Tensor], repeats: int) -> dict[str, list[float]]:
+    """Seconds that the products of a run of the model take together, each timed where it is called.
+
+    In the eager model ``quantcore.dot`` is called; in the compiled one the operator, by the code that Inductor wrote.
+    """
+    places = {
+        IN_EAGER: (eager, qc, "dot"),
+        IN_COMPILED: (compiled_model, torch.ops.quantcore.dot, "default"),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in places}
+    for _ in range(repeats):
+        for name, (model, owner, attribute) in places.items():
+            settle()
+            runs = []
+            with _timed_calls(owner, attribute) as each:
+                for _ in range(10):
+                    each.clear()
+                    model(*inputs)
+                    runs.append(sum(each))
+            taken[name].append(statistics.median(runs))
+    return taken
+
+
+@contextmanager
+def _timed_calls(owner: Any, name: str) -> Iterator[list[float]]:
+    """The seconds of each call of a function of a module."""
+    function, taken = getattr(owner, name), list[float]()
+
+    def timed(*args: Any, **options: Any) -> Any:
+        start = time.perf_counter()
+        result = function(*args, **options)
+        taken.append(time.perf_counter() - start)
+        return result
+
+    setattr(owner, name, timed)
+    try:
+        yield taken
+    finally:
+        setattr(owner, name, function)
 
 
 def _recorded(model: nn.Module, inputs: list[torch.Tensor]) -> list[tuple[torch.Tensor, qc.QuantizedTensor]]:

@@ -283,8 +283,7 @@ def product(x: Array, weight: Weight, width: int) -> Array | None:
     out = np.empty((rows, weight.geometry.rows), np.float32)
     if not out.size:
         return out
-    served = weight.plan(width, rows).run(x, weight, out) if rows <= MOST else multiply(x, rows, weight, out, width)
-    return out if served else None
+    return out if multiply(x, rows, weight, out, width) else None
 
 
 def multiply(x: Operand, rows: int, weight: Weight, out: Operand, width: int) -> bool:
@@ -299,6 +298,8 @@ def multiply(x: Operand, rows: int, weight: Weight, out: Operand, width: int) ->
     weight : Weight
     width : int
     """
+    if rows <= MOST:
+        return weight.plan(width, rows).run(x, weight, out)
     columns, outputs = weight.geometry.columns, weight.geometry.rows
     for start in range(0, rows, MOST):
         plan = weight.plan(width, min(MOST, rows - start))

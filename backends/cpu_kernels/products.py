@@ -90,9 +90,10 @@ def multiply(x: int, rows: int, weight: integer.Weight, out: int, precision: str
     weight : Weight, shape (N, K)
     precision : {"highest", "default", "fast"}
     """
-    return any(
-        integer.multiply(x, rows, weight, out, width) for width in _widths(weight.geometry.scheme, precision, rows)
-    )
+    for width in _widths(weight.geometry.scheme, precision, rows):
+        if integer.multiply(x, rows, weight, out, width):
+            return True
+    return False
 
 
 def _integer_product(x: Array, weight: integer.Weight, precision: str) -> Array | None:

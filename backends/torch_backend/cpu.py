@@ -17,8 +17,11 @@ __all__ = ["dequantize", "dot", "from_numpy", "gather_dot", "quantize", "take", 
 Tensor = torch.Tensor
 Array = np.ndarray[Any, Any]
 
-# Bound here, where a call finds it near: torch's own namespace is a large table.
+# Bound here, where a call finds them near: torch's own namespace is a large table.
 _float32: Final = torch.float32
+_from_numpy: Final = torch.from_numpy
+_empty: Final = np.empty
+_single: Final = np.float32
 _BFLOAT16: Final = np.dtype(ml_dtypes.bfloat16)
 _KINDS: Final = {getattr(torch, dtype.name): kind for dtype, kind in cpu_kernels.KINDS.items()}
 _WEIGHTS: Final = 4096
@@ -128,7 +131,7 @@ def _product_of_integers(x: Tensor, weight: cpu_kernels.Weight, precision: str) 
     if not count:
         return None
     x = x.contiguous().resolve_neg()
-    out = x.new_empty((*x.shape[:-1], outputs))
+    out = _from_numpy(_empty((*x.shape[:-1], outputs), _single))  # half the time of x.new_empty
     served = cpu_kernels.multiply(x.data_ptr(), count // columns, weight, out.data_ptr(), precision)
     return out if served else None
 
