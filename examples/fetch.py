@@ -197,12 +197,18 @@ def _watch(process: subprocess.Popen[bytes], folders: Sequence[Path], on_progres
     """Report the download's growth until pip ends; end pip if the wait is interrupted."""
     try:
         while process.poll() is None:
-            on_progress(max((_size(file) for folder in folders for file in folder.rglob("*")), default=0))
+            on_progress(_largest_file(folders))
             time.sleep(_POLL_SECONDS)
     finally:
         if process.poll() is None:
             process.kill()
         process.wait()
+
+
+def _largest_file(folders: Sequence[Path]) -> int:
+    """Size of the largest file; os.walk, unlike Path.rglob, bears that pip removes folders meanwhile."""
+    found = (Path(parent, name) for folder in folders for parent, _, names in os.walk(folder) for name in names)
+    return max(map(_size, found), default=0)
 
 
 def _size(file: Path) -> int:

