@@ -12,14 +12,15 @@ import numpy as np
 from quantcore import Scheme
 from quantcore_backends.cpu_kernels.threads import over_rows
 
-__all__ = ["FEW_ROWS", "FLUSH", "available", "decode_block", "few_rows", "rows_in_memory"]
+__all__ = ["FEW_ROWS", "FLUSH", "KINDS", "available", "decode_block", "few_rows", "rows_in_memory"]
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
 FEW_ROWS: Final = 12
 """Rows of x up to which unpacking in registers beats making the weight dense for BLAS."""
 
-_KINDS: Final = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
+KINDS: Final = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
+"""Numbers of the dtypes of scales, and of weights, as kernels take them."""
 _ROW_SPAN: Final = 256
 """Columns of a partial sum where the whole row is one group."""
 FLUSH: Final = 4096
@@ -107,12 +108,12 @@ class _Operands:
     def __init__(self, packed: Array, scales: Array, biases: Array, scheme: Scheme) -> None:
         self.packed = rows_in_memory(packed, np.dtype(np.uint32))
         kind = np.dtype(np.float32) if scales.dtype != biases.dtype else scales.dtype.newbyteorder("=")
-        if kind not in _KINDS:
+        if kind not in KINDS:
             kind = np.dtype(np.float32)
         self.scales, self.biases = rows_in_memory(scales, kind), rows_in_memory(biases, kind)
         if self.scales.strides != self.biases.strides:
             self.scales, self.biases = np.ascontiguousarray(scales, kind), np.ascontiguousarray(biases, kind)
-        self.kind = _KINDS[kind]
+        self.kind = KINDS[kind]
         self.scheme = scheme
         self.span = scheme.group_size or _ROW_SPAN
         step = kind.itemsize if scheme.group_size else 0

@@ -4,7 +4,6 @@ import sys
 from functools import cache
 from typing import Any, Final, TypeAlias
 
-import ml_dtypes
 import numpy as np
 
 from quantcore import Scheme
@@ -15,14 +14,13 @@ __all__ = ["encode_rows", "serves"]
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
-_KINDS: Final = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
 _THREADED: Final = 1 << 16
 """Elements worth a second thread."""
 
 
 def serves(dtype: np.dtype[Any], scheme: Scheme) -> bool:
     """Whether there is a kernel: Numba is there, and there are more than two codes."""
-    return compiled.available() and scheme.bits > 1 and dtype in _KINDS and sys.byteorder == "little"
+    return compiled.available() and scheme.bits > 1 and dtype in compiled.KINDS and sys.byteorder == "little"
 
 
 def encode_rows(w: Array, scheme: Scheme, packed: Array) -> tuple[Array, Array]:
@@ -42,7 +40,7 @@ def encode_rows(w: Array, scheme: Scheme, packed: Array) -> tuple[Array, Array]:
     rows, columns = w.shape
     groups = scheme.groups(columns)
     scales, biases = np.empty((rows, groups), np.float32), np.empty((rows, groups), np.float32)
-    job, kernel = _job(), _kernel(scheme.bits, _KINDS[w.dtype])
+    job, kernel = _job(), _kernel(scheme.bits, compiled.KINDS[w.dtype])
     fields = {
         "x": w.ctypes.data,
         "x_row": w.strides[0],

@@ -4,17 +4,15 @@ from functools import cache, lru_cache
 from types import SimpleNamespace
 from typing import Any, Final, NamedTuple, TypeAlias
 
-import ml_dtypes
 import numpy as np
 
 from quantcore import Scheme
 from quantcore_backends.cpu_kernels import compiled, layout
-from quantcore_backends.cpu_kernels.compiled import rows_in_memory
+from quantcore_backends.cpu_kernels.compiled import KINDS, rows_in_memory
 from quantcore_backends.cpu_kernels.threads import native_pool
 
 __all__ = [
     "FEW_ROWS",
-    "KINDS",
     "MOST",
     "THREADED",
     "WIDE_ROWS",
@@ -26,7 +24,6 @@ __all__ = [
     "has_byte_dot",
     "has_wide",
     "multiply",
-    "product",
     "row_kernels",
     "serves",
     "tile_kernels",
@@ -37,7 +34,6 @@ Array: TypeAlias = np.ndarray[Any, Any]
 Operand: TypeAlias = Array | int
 """An array, or its address."""
 
-KINDS: Final = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
 _FLOAT32: Final = np.dtype(np.float32)
 _UINT32: Final = np.dtype(np.uint32)
 FEW_ROWS: Final = 4
@@ -155,7 +151,7 @@ class Geometry(NamedTuple):
     packed_row, scale_row : int
         Bytes from row to row.
     kind : int
-        Of the scales and biases, in :data:`KINDS`.
+        Of the scales and biases, in :data:`compiled.KINDS`.
     """
 
     scheme: Scheme
@@ -264,30 +260,8 @@ class _Plan:
 _plan = lru_cache(_PLANS)(_Plan)
 
 
-def product(x: Array, weight: Weight, width: int) -> Array | None:
-    """``x @ w.T`` with x rounded to integers of `width` bits, or None where that would lose too much of x.
-
-    Parameters
-    ----------
-    x : array, shape (M, K), float32, C-contiguous
-    weight : Weight
-        Of shape (N, K).
-    width : int
-        16 or 8; or 24 for up to `WIDE_ROWS` rows of x.
-
-    Returns
-    -------
-    array, shape (M, N), float32
-    """
-    rows = x.shape[0]
-    out = np.empty((rows, weight.geometry.rows), np.float32)
-    if not out.size:
-        return out
-    return out if multiply(x, rows, weight, out, width) else None
-
-
 def multiply(x: Operand, rows: int, weight: Weight, out: Operand, width: int) -> bool:
-    """:func:`product` into memory that is there; whether integers served, so that it is right.
+    """``out = x @ w.T`` with x rounded to integers of `width` bits; whether these served, so that `out` is right.
 
     Parameters
     ----------
@@ -296,7 +270,9 @@ def multiply(x: Operand, rows: int, weight: Weight, out: Operand, width: int) ->
     rows : int
         M, not 0.
     weight : Weight
+        Of shape (N, K).
     width : int
+        16 or 8; or 24 for up to `WIDE_ROWS` rows of x.
     """
     if rows <= MOST:
         return weight.plan(width, rows).run(x, weight, out)

@@ -78,13 +78,13 @@ def _rounded_product(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any], precis
     return product if x.ndim == 2 else product.reshape(*x.shape[:-1], product.shape[1])
 
 
-def multiply(x: int, rows: int, weight: integer.Weight, out: int, precision: str) -> bool:
-    """:func:`dot` on memory, where integers serve: whether they do, so that `out` is right.
+def multiply(x: Array | int, rows: int, weight: integer.Weight, out: Array | int, precision: str) -> bool:
+    """``out = x @ w.T`` with x made integers of the fewest bits that serve; whether any do, so that `out` is right.
 
     Parameters
     ----------
-    x, out : int
-        Addresses of (M, K) and (M, N) elements of float32.
+    x, out : array or int
+        Arrays of shape (M, K) and (M, N), float32, C-contiguous, or both their addresses.
     rows : int
         M, not 0.
     weight : Weight, shape (N, K)
@@ -97,12 +97,9 @@ def multiply(x: int, rows: int, weight: integer.Weight, out: int, precision: str
 
 
 def _integer_product(x: Array, weight: integer.Weight, precision: str) -> Array | None:
-    """The product with x made integers, of the fewest bits that serve; None where none do."""
-    for width in _widths(weight.geometry.scheme, precision, x.shape[0]):
-        product = integer.product(x, weight, width)
-        if product is not None:
-            return product
-    return None
+    """The product with x made integers; None where these don't serve."""
+    out = np.empty((x.shape[0], weight.geometry.rows), np.float32)
+    return out if not out.size or multiply(x, x.shape[0], weight, out, precision) else None
 
 
 def _widths(scheme: Scheme, precision: str, rows: int) -> tuple[int, ...]:
