@@ -13,20 +13,17 @@ from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
 from quantcore_backends.cpu_kernels.job import (
     COMPILED,
     KERNEL,
-    eight_bits_at,
     floats_at,
     integers_at,
     job_at,
-    sixteen_bits_at,
 )
 from quantcore_backends.cpu_kernels.simd_int import Form, chunk_codes, form, lane_codes
+from quantcore_backends.cpu_kernels.simd_rounding import place, rounded
 from quantcore_backends.cpu_kernels.vectors import LANES
 
 __all__ = ["block_height", "block_rounder", "row_rounder", "run_length", "step_codes"]
 
 _RUN: Final = 64
-_TINY: Final = np.float32(1e-30)
-_FAST: Final = {"reassoc", "nsz", "contract"}
 
 
 def run_length(group: int | None) -> int:
@@ -52,39 +49,14 @@ def _top(bits: int, run: int, width: int) -> np.float32:
     return np.float32(top)
 
 
-@njit(forceinline=True, **COMPILED, fastmath=_FAST)
-def rounded(x, run, top, integers):
-    """Round a run of x to integers up to `top`: scale, sum, squared error, squared length, largest magnitude.
-
-    The largest is found among the magnitudes' bits, as integers: NaN is larger than all else then.
-    """
-    bits, most = x.view(np.int32), np.int32(0)
-    for k in range(run):
-        most = max(most, np.int32(bits[k] & 0x7FFFFFFF))
-    integers[0] = most
-    largest = integers.view(np.float32)[0]
-    serves = largest >= _TINY
-    inverse = top / largest if serves else np.float32(0)
-    scale = largest / top if serves else np.float32(0)
-    count, error, square = np.int32(0), np.float32(0), np.float32(0)
-    for k in range(run):
-        integer = np.rint(x[k] * inverse)
-        off = x[k] - integer * scale
-        error += off * off
-        square += x[k] * x[k]
-        integers[k] = np.int32(integer)
-        count = np.int32(count + integers[k])
-    return scale, count, error, square, largest
-
-
 @njit(forceinline=True, **COMPILED)
-def rounded_at(x, start, columns, padded, run, top, integers):
-    """As :func:`rounded`, the run of x from `start` on; zeros follow its last column."""
+def _padded(x, start, columns, run, padded):
+    """Address of the run of x from `start` on; zeros follow its last column."""
     if start + run <= columns:
-        return rounded(x[start : start + run], run, top, integers)
+        return x + start * 4
     for k in range(run):
-        padded[k] = x[start + k] if start + k < columns else np.float32(0)
-    return rounded(padded, run, top, integers)
+        padded[k] = floats_at(x, columns)[start + k] if start + k < columns else np.float32(0)
+    return padded.ctypes.data
 
 
 @njit(forceinline=True, **COMPILED)
@@ -93,22 +65,11 @@ def refused(error, square, largest, bound):
     return (largest > 0 and not (error <= bound * square and 1e-25 < square < 1e30)) or square != square
 
 
-@njit(forceinline=True, **COMPILED)
-def place(integers, first, count, planes, shift, to, at, apart):
-    """Put a byte of each integer (or all 16 bits) where those of its plane follow one another.
-
-    Integer i goes to plane ``i % planes``; planes lie `apart`. Bytes below count from -128, hence the rounding.
-    """
-    half = 0x8080 >> (16 - shift)
-    for plane in range(planes):
-        for k in range(count // planes):
-            to[at + plane * apart + k] = np.int32(integers[first + k * planes + plane] + half) >> shift
-
-
 @njit(**COMPILED)
 def block_height(left, height):
-    """Rows of the next block, of `left` that remain: blocks are `height` high, the last one a multiple of four."""
-    return min(height, (left + 3) // 4 * 4)
+    """Rows of the next block, of `left` that remain: `height`, or half of it, but four at least."""
+    low = max(4, height // 2)
+    return min(height, (left + low - 1) // low * low)
 
 
 @cache
@@ -120,7 +81,7 @@ def row_rounder(bits: int, run: int, width: int) -> Any:
     """
     step, (layers, parts), top = step_codes(bits, run), form(bits, width), _top(bits, run, width)
     chunk, planes, lanes = chunk_codes(bits), lane_codes(bits) // parts, run * LANES // step
-    plane, of_lane = chunk // planes, run // lanes
+    plane, of_lane, some, element = chunk // planes, run // lanes, min(run, chunk), 32 // parts
 
     @cfunc(KERNEL, cache=True, **COMPILED)
     def kernel(address, thread, first, last):
@@ -129,9 +90,7 @@ def row_rounder(bits: int, run: int, width: int) -> Any:
         runs = (columns + step - 1) // step * (step // run)
         padded, integers = np.zeros(run, np.float32), np.empty(run, np.int32)
         for m in range(first, last):
-            x = floats_at(job.x + m * job.x_row, columns)
-            codes = job.codes + m * job.codes_row
-            eight, sixteen = eight_bits_at(codes, job.codes_row), sixteen_bits_at(codes, job.codes_row // 2)
+            x, codes = job.x + m * job.x_row, job.codes + m * job.codes_row
             scales = floats_at(job.code_scales + m * job.code_scales_row, runs * lanes)
             sums = floats_at(job.sums + m * job.sums_row + (runs * lanes * 4 if width == 24 else 0), job.groups)
             lane_sums = integers_at(job.sums + m * job.sums_row, job.sums_row // 4)
@@ -141,7 +100,8 @@ def row_rounder(bits: int, run: int, width: int) -> Any:
             total, group_of = 0.0, 0
             for r in range(runs):
                 start = r * run
-                scale, count, off, its, peak = rounded_at(x, start, columns, padded, run, top, integers)
+                source = _padded(x, start, columns, run, padded)
+                scale, count, off, its, peak = rounded(source, integers.ctypes.data, top, run)
                 error += off
                 square += its
                 largest = max(largest, peak)
@@ -156,15 +116,11 @@ def row_rounder(bits: int, run: int, width: int) -> Any:
                     total, group_of = 0.0, start // job.group
                 total += np.float64(scale) * count
                 # Runs may be parts of a chunk, or several chunks.
-                for part in range(0, run, min(run, chunk)):
+                for part in range(0, run, some):
                     within = (start + part) % chunk
                     at = (start + part - within) * layers + within // planes
-                    for layer in range(layers):
-                        shift, here = 8 * (layers - 1 - layer), at + layer * chunk
-                        if parts == 4:
-                            place(integers, part, min(run, chunk), planes, shift, eight, here, plane)
-                        else:
-                            place(integers, part, min(run, chunk), planes, 0, sixteen, here, plane)
+                    to = codes + at * element // 8
+                    place(integers.ctypes.data + part * 4, to, some, some, planes, plane, layers, chunk, element)
             if group_of < job.groups:
                 sums[group_of] = total
             if refused(error, square, largest, bound):
@@ -178,11 +134,11 @@ def block_rounder(bits: int, run: int, width: int, height: int) -> Any:
     """Kernel that makes rows of x integers of `width` bits for blocks of `height` rows.
 
     They lie run by run, the words of each row after another; beside them the rows' scales, and those times the sums of
-    the integers.
+    the integers. Both are 0 for rows that fill up the last block, lest it be slow to compute with.
     """
     (layers, parts), top = form(bits, width), _top(bits, run, width)
     each, run_bytes = lane_codes(bits), run * width // 8
-    planes = each // parts
+    planes, element = each // parts, 32 // parts
 
     @cfunc(KERNEL, cache=True, **COMPILED)
     def kernel(address, thread, first, last):
@@ -191,13 +147,14 @@ def block_rounder(bits: int, run: int, width: int, height: int) -> Any:
         runs = (columns + run - 1) // run
         padded, integers = np.zeros(run, np.float32), np.empty(run, np.int32)
         for m in range(first, last):
-            x = floats_at(job.x + m * job.x_row, columns)
+            x = job.x + m * job.x_row
             block = m // height * height
             its_height = block_height(job.rows - block, height)
             error, square, largest = np.float32(0), np.float32(0), np.float32(0)
             for r in range(runs):
                 start = r * run
-                scale, count, off, its, peak = rounded_at(x, start, columns, padded, run, top, integers)
+                source = _padded(x, start, columns, run, padded)
+                scale, count, off, its, peak = rounded(source, integers.ctypes.data, top, run)
                 error += off
                 square += its
                 largest = max(largest, peak)
@@ -205,16 +162,11 @@ def block_rounder(bits: int, run: int, width: int, height: int) -> Any:
                 beside = floats_at(job.code_scales + at * 8, 2 * its_height)
                 beside[m - block] = scale
                 beside[its_height + m - block] = scale * count
-                codes = job.codes + (at + m - block) * run_bytes
-                eight, sixteen = eight_bits_at(codes, run_bytes), sixteen_bits_at(codes, run_bytes // 2)
-                for layer in range(layers):
-                    for word in range(0, run, each):
-                        if parts == 4:
-                            place(
-                                integers, word, each, planes, 8 * (layers - 1 - layer), eight, layer * run + word, parts
-                            )
-                        else:
-                            place(integers, word, each, planes, 0, sixteen, word, parts)
+                for more in range(m + 1 - block, its_height if m == job.rows - 1 else 0):
+                    beside[more] = 0
+                    beside[its_height + more] = 0
+                to = job.codes + (at + m - block) * run_bytes
+                place(integers.ctypes.data, to, run, each, planes, parts, layers, run, element)
             if refused(error, square, largest, bound):
                 job.refused = 1
 

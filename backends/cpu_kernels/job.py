@@ -16,12 +16,10 @@ __all__ = [
     "PLAN",
     "addresses_at",
     "bytes_at",
-    "eight_bits_at",
     "floats_at",
     "integers_at",
     "job_at",
     "row_of",
-    "sixteen_bits_at",
     "words_at",
 ]
 
@@ -106,18 +104,6 @@ def integers_at(address, count):
 def bytes_at(address, count):
     """uint8 memory as an array."""
     return carray(_pointer(address), count, np.uint8)
-
-
-@njit(**COMPILED)
-def eight_bits_at(address, count):
-    """int8 memory as an array."""
-    return carray(_pointer(address), count, np.int8)
-
-
-@njit(**COMPILED)
-def sixteen_bits_at(address, count):
-    """int16 memory as an array."""
-    return carray(_pointer(address), count, np.int16)
 
 
 @njit(**COMPILED)
