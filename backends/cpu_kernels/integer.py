@@ -7,7 +7,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import numpy as np
 
 from quantcore import Scheme
-from quantcore_backends.cpu_kernels import compiled, layout
+from quantcore_backends.cpu_kernels import amx, compiled, layout
 from quantcore_backends.cpu_kernels.compiled import KINDS, rows_in_memory
 from quantcore_backends.cpu_kernels.threads import native_pool
 
@@ -58,9 +58,12 @@ def _compiled() -> SimpleNamespace:
         ahead,
         calls,
         job,
+        kernels_amx,
         kernels_int,
         kernels_int24,
         kernels_tiles,
+        laying,
+        simd_amx,
         simd_int,
         vectors,
     )
@@ -71,6 +74,9 @@ def _compiled() -> SimpleNamespace:
         call=calls.call,
         job=job,
         lanes=vectors.LANES,
+        held_bits=laying.held_bits,
+        matrix=kernels_amx,
+        matrix_units=simd_amx.on_target() and amx.permitted(),
         rows=kernels_int,
         rows24=kernels_int24,
         simd=simd_int,
@@ -86,7 +92,7 @@ def serves(scheme: Scheme) -> bool:
 @cache
 def has_byte_dot(scheme: Scheme) -> bool:
     """Whether 8-bit activations are faster here than 16-bit ones."""
-    simd, held = _compiled().simd, _compiled().tiles.held_bits(scheme.bits)
+    simd, held = _compiled().simd, _compiled().held_bits(scheme.bits)
     return simd.takes_bytes(scheme.bits) and simd.byte_dot(held) is not None
 
 
@@ -135,9 +141,14 @@ class TileKernels(NamedTuple):
 def tile_kernels(scheme: Scheme, width: int) -> TileKernels:
     """What rounds many rows of x to integers of `width` bits, and what multiplies them."""
     modules = _compiled()
-    run, height = modules.activations.run_length(scheme.group_size), 8 if modules.lanes == 16 else 4
-    rounder = modules.activations.block_rounder(modules.tiles.held_bits(scheme.bits), run, width, height)
-    return TileKernels(rounder, modules.tiles.tiles(scheme.bits, run, width, height), height)
+    run = modules.activations.run_length(scheme.group_size)
+    if modules.matrix_units:
+        height, kernel = layout.MATRIX_HEIGHT, modules.matrix.matrix_tiles(scheme.bits, run, width)
+    else:
+        height = 8 if modules.lanes == 16 else 4
+        kernel = modules.tiles.tiles(scheme.bits, run, width, height)
+    rounder = modules.activations.block_rounder(modules.held_bits(scheme.bits), run, width, height)
+    return TileKernels(rounder, kernel, height)
 
 
 class Geometry(NamedTuple):
@@ -227,7 +238,7 @@ class _Plan:
         self.height = 0
         if width < 24 and rows > FEW_ROWS:
             rounder, kernel, self.height = tile_kernels(scheme, width)
-            sizes = layout.of_tiles(rows, columns, groups, bits, run, lanes, width)
+            sizes = layout.of_tiles(rows, columns, groups, bits, run, lanes, width, self.height)
         else:
             rounder, kernel, step = row_kernels(scheme, kind, width)
             sizes = layout.of_few_rows(columns, groups, bits, group, step, lanes, width)
@@ -236,7 +247,7 @@ class _Plan:
         fields = dict(zip(modules.job.PLAN, fixed, strict=True))
         copied = (outputs - fields["safe"]) * fields["copy_row"]
         _, _, codes, scales, sums, _, scratch = sizes
-        places = layout.places(modules.job.JOB.itemsize, rows, codes, scales, sums, copied)
+        places = layout.places(modules.job.JOB.itemsize, rows, self.height, codes, scales, sums, copied)
         self.threads = native_pool().threads if rows * columns * outputs >= THREADED else 1
         rounded, parts, part = layout.turns(rows, outputs, self.height, lanes, self.threads)
         fields |= {"x_row": 4 * columns, "rows": rows}
@@ -244,13 +255,11 @@ class _Plan:
         turns = [4 * words, rounder.address, rows, rounded, kernel.address, parts, part]
         self.template = np.array([*(fields.get(name, 0) for name in modules.job.JOB.names), *turns], np.int64)
         self.size = places[-1] + scratch * self.threads + 64
-        # Rows that fill up the last block are zero, lest they be slow to compute with.
-        self.allocate = np.zeros if self.height and rows % 4 else np.empty
         self._held = rounder, kernel
 
     def run(self, x: Operand, weight: Weight, out: Operand) -> bool:
         """Compute ``out = x @ w.T``; whether integers served, so that `out` is right."""
-        memory = self.allocate(self.size, np.uint8)
+        memory = np.empty(self.size, np.uint8)
         pool = native_pool().address if self.threads > 1 else 0
         slot = 0 if self.height else weight.slot
         served: bool = _compiled().call(pool, x, out, memory, self.template, *weight.addresses, slot)

@@ -11,80 +11,18 @@ The shape of the blocks follows Goto & van de Geijn, "Anatomy of high-performanc
 from functools import cache
 from typing import Any, Final
 
-import numpy as np
-
-from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
+from quantcore_backends.cpu_kernels.disk_cache import cfunc
 from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, addresses_at, floats_at, job_at, row_of
+from quantcore_backends.cpu_kernels.laying import give, held_bits, lay_scales
 from quantcore_backends.cpu_kernels.layout import SPARE, VECTORS
-from quantcore_backends.cpu_kernels.simd import scale_at
 from quantcore_backends.cpu_kernels.simd_int import chunk_codes
 from quantcore_backends.cpu_kernels.tiles import block_product, side_by_side, widen
 from quantcore_backends.cpu_kernels.vectors import LANES
 
-__all__ = ["OUTPUTS", "held_bits", "tiles"]
+__all__ = ["OUTPUTS", "tiles"]
 
 OUTPUTS: Final = VECTORS * LANES
 """Rows of the weight in a tile."""
-
-
-def held_bits(bits: int) -> int:
-    """Bits of a code in a tile."""
-    return bits if 32 % bits == 0 else 8
-
-
-def _copies(kind: int) -> Any:
-    """Function that copies a row's scales and biases of a kind into a column of a tile's."""
-    size = (4, 2, 2)[kind]
-
-    @njit(**COMPILED)
-    def copy(scales, biases, first, groups, side, lane):
-        for g in range(first, groups):
-            side[2 * g * OUTPUTS + lane] = scale_at(scales + g * size, kind)
-            side[(2 * g + 1) * OUTPUTS + lane] = scale_at(biases + g * size, kind)
-
-    return copy
-
-
-# A kernel that is cached on disk may close over numbers only: of functions, Numba sees no two that are the same.
-_copy_float32, _copy_float16, _copy_bfloat16 = _copies(0), _copies(1), _copies(2)
-
-
-@njit(**COMPILED)
-def lay_scales(job, n, to, addresses):
-    """Scales and biases of a tile's rows, group by group."""
-    side, rows = floats_at(to, job.groups * 2 * OUTPUTS), addresses_at(addresses, LANES)
-    whole = job.groups // 4 * 4 if job.kind == 0 else 0
-    for v in range(VECTORS if whole else 0):
-        for values, start in ((job.scales, 0), (job.biases, 1)):
-            for lane in range(LANES):
-                rows[lane] = values + min(n + v * LANES + lane, job.out_features - 1) * job.scale_row
-            at = to + (start * OUTPUTS + v * LANES) * 4
-            for g in range(0, whole, 4):
-                side_by_side(addresses, g * 4, at + g * (2 * OUTPUTS * 4), 2 * OUTPUTS * 4)
-    for lane in range(OUTPUTS):
-        row = min(n + lane, job.out_features - 1)
-        scales, biases = job.scales + row * job.scale_row, job.biases + row * job.scale_row
-        if job.kind == 0:
-            _copy_float32(scales, biases, whole, job.groups, side, lane)
-        elif job.kind == 1:
-            _copy_float16(scales, biases, whole, job.groups, side, lane)
-        else:
-            _copy_bfloat16(scales, biases, whole, job.groups, side, lane)
-
-
-@njit(**COMPILED)
-def give(job, sums, n):
-    """Sums of a tile to the result. Where one isn't finite, floats must answer."""
-    outputs = min(OUTPUTS, job.out_features - n)
-    for m in range(job.rows):
-        row = floats_at(sums + m * (OUTPUTS * 4), OUTPUTS)
-        out = floats_at(job.out + m * job.out_row + n * 4, outputs)
-        odd = np.float32(0)
-        for k in range(outputs):
-            out[k] = row[k]
-            odd += row[k] - row[k]
-        if odd != 0:
-            job.refused = 1
 
 
 @cache
@@ -119,7 +57,7 @@ def tiles(bits: int, run: int, width: int, height: int) -> Any:
                 for word in range(0, words, 4):
                     to = tile + (word * OUTPUTS + v * LANES) * 4
                     side_by_side(addresses, word * 4, to, OUTPUTS * 4)
-            lay_scales(job, n, scales, addresses)
+            lay_scales(job, n, VECTORS, 0, job.groups, scales, addresses)
             blank = floats_at(sums, (job.rows + 3) // 4 * 4 * OUTPUTS)
             blank[:] = 0
             for m in range(0, job.rows, height):
@@ -131,6 +69,6 @@ def tiles(bits: int, run: int, width: int, height: int) -> Any:
                     )
                 else:
                     block_product(x, x_scales, tile, scales, to, runs, job.group_runs, 4, VECTORS, run, width, held)
-            give(job, sums, n)
+            give(job, sums, n, VECTORS)
 
     return kernel

@@ -3,7 +3,19 @@
 Plain arithmetic on plain integers, and no function calls another, so that each can be compiled as it is.
 """
 
-__all__ = ["SPARE", "VECTORS", "bound", "of_few_rows", "of_tiles", "places", "plan", "turns"]
+__all__ = [
+    "MATRIX_COLUMNS",
+    "MATRIX_HEIGHT",
+    "MATRIX_TILES",
+    "SPARE",
+    "VECTORS",
+    "bound",
+    "of_few_rows",
+    "of_tiles",
+    "places",
+    "plan",
+    "turns",
+]
 
 _OVERREAD = 48
 """Bytes behind a row's codes that a vector may read where codes cross words."""
@@ -13,6 +25,14 @@ VECTORS = 2
 """Vectors of the weight's rows in a tile."""
 SPARE = 64
 """Bytes between widened rows: what a vector may write past their end, and more, lest rows share cache sets."""
+MATRIX_HEIGHT = 16
+"""Rows of a block in matrix units. Kernels for vectors have lower ones."""
+MATRIX_COLUMNS = 1024
+"""Columns of the weight that are laid for them in one go."""
+MATRIX_TILES = 16
+"""Tiles, of LANES of the weight's rows, that they take in one go: x is read so many times less."""
+_MATRIX_SCRATCH = 4096 + 64
+"""What they need beside: sums on their way from the units, and a configuration."""
 _ROUNDED_TOGETHER = 16
 """Rows of x from which threads share in rounding them."""
 
@@ -72,7 +92,7 @@ def of_few_rows(
 
 
 def of_tiles(
-    rows: int, columns: int, groups: int, bits: int, run: int, lanes: int, width: int
+    rows: int, columns: int, groups: int, bits: int, run: int, lanes: int, width: int, height: int
 ) -> tuple[int, int, int, int, int, int, int]:
     """What the kernels in tiles read and write, as :func:`of_few_rows` has it; each row has words of whole runs.
 
@@ -84,19 +104,23 @@ def of_tiles(
         Of a row of the weight.
     bits, run : int
         Of a code; elements of x that share a scale.
-    lanes, width : int
-        Of the kernel: lanes of a vector, bits of an integer of x.
+    lanes, width, height : int
+        Of the kernel: lanes of a vector, bits of an integer of x, rows of a block.
     """
     held = bits if 32 % bits == 0 else 8
     runs = -(-columns // run)
     words = -(-(runs * run * held // 32) // 4) * 4
-    tile, addresses = 4 * VECTORS * lanes * (words + 2 * groups + rows + 4), 8 * lanes
-    scratch = tile + addresses + lanes * (4 * words + SPARE) + 64
+    if height == MATRIX_HEIGHT:
+        tile = lanes * (MATRIX_COLUMNS + MATRIX_COLUMNS // run * 8 + 4 * (-(-rows // 8) * 8))
+        scratch = MATRIX_TILES * tile + _MATRIX_SCRATCH + lanes * (8 + MATRIX_COLUMNS + SPARE)
+    else:
+        tile, addresses = 4 * VECTORS * lanes * (words + 2 * groups + rows + 4), 8 * lanes
+        scratch = tile + addresses + lanes * (4 * words + SPARE) + 64
     return 0, words * 32 // held * bits // 8, runs * run * width // 8, runs * 8, 0, words, scratch + 63 & -64
 
 
 def places(
-    record: int, rows: int, codes: int, code_scales: int, sums: int, copy: int
+    record: int, rows: int, height: int, codes: int, code_scales: int, sums: int, copy: int
 ) -> tuple[int, int, int, int, int]:
     """Where behind a job codes, scales, sums and the copy of the weight's last rows start, and where they end.
 
@@ -104,14 +128,15 @@ def places(
     ----------
     record : int
         Bytes of a job.
-    rows : int
-        Of x.
+    rows, height : int
+        Of x, and of a block of them, if there are blocks.
     codes, code_scales, sums : int
         Bytes of each row of x: as of :func:`of_few_rows`.
     copy : int
         Bytes of the copy.
     """
-    space = rows + 3 & -4
+    unit = max(4, height // 2)
+    space = -(-rows // unit) * unit
     at_codes = record + 63 & -64
     at_scales = at_codes + (codes * space + 63 & -64)
     at_sums = at_scales + (code_scales * space + 63 & -64)
@@ -132,10 +157,11 @@ def turns(rows: int, outputs: int, height: int, lanes: int, threads: int) -> tup
         Of a vector.
     threads : int
     """
-    rounded = max(height, 4, rows // (4 * threads) // 4 * 4) if rows >= _ROUNDED_TOGETHER else rows
+    unit = max(4, height // 2)
+    rounded = max(height, unit, rows // (4 * threads) // unit * unit) if rows >= _ROUNDED_TOGETHER else rows
     if height == 0:
         return rounded, outputs, max(16, outputs // (8 * threads) // 4 * 4)
-    tiles = -(-outputs // (VECTORS * lanes))
+    tiles = -(-outputs // (lanes if height == MATRIX_HEIGHT else VECTORS * lanes))
     return rounded, tiles, max(1, tiles // (8 * threads))
 
 

@@ -29,7 +29,7 @@ from quantcore_backends.cpu_kernels.vectors import (
     write,
 )
 
-__all__ = ["block_product", "side_by_side", "widen"]
+__all__ = ["block_product", "codes_side_by_side", "side_by_side", "widen"]
 
 
 _SHORT_BYTES = ir.VectorType(BYTE, 2 * LANES)
@@ -43,17 +43,37 @@ def side_by_side(typing: Any, rows: Any, start: Any, to: Any, stride: Any) -> An
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        four = ir.VectorType(DWORD, 4)
-        pieces = []
-        for row in range(LANES):
-            base = read(builder, offset(builder, args[0], 8 * row), QWORD)
-            pieces.append(read(builder, builder.add(base, args[1]), four))
-        quarters = [_joined(builder, pieces[i::4]) for i in range(4)]
-        for word, vector in enumerate(_transposed(builder, quarters)):
+        for word, vector in enumerate(_four_words(builder, args[0], args[1])):
             write(builder, builder.add(args[2], builder.mul(args[3], ir.Constant(QWORD, word))), vector)
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp, types.intp, types.intp), generate
+
+
+@intrinsic(prefer_literal=True)
+def codes_side_by_side(typing: Any, rows: Any, start: Any, to: Any, bits: Any) -> Any:
+    """As :func:`side_by_side`, each word unpacked to bytes: plane after plane of it, vectors one behind another."""
+    width = bits.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        planes = lane_codes(width) // 4
+        for word, vector in enumerate(_four_words(builder, args[0], args[1])):
+            for plane in range(planes):
+                codes = codes_of_words(builder, vector, width, plane, 4)
+                write(builder, offset(builder, args[2], (word * planes + plane) * LANES * 4), codes)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp, bits), generate
+
+
+def _four_words(builder: Any, rows: Any, start: Any) -> list[Any]:
+    """Four words of each of LANES rows, as vectors of one word of each."""
+    four = ir.VectorType(DWORD, 4)
+    pieces = []
+    for row in range(LANES):
+        base = read(builder, offset(builder, rows, 8 * row), QWORD)
+        pieces.append(read(builder, builder.add(base, start), four))
+    return _transposed(builder, [_joined(builder, pieces[i::4]) for i in range(4)])
 
 
 def _joined(builder: Any, parts: list[Any]) -> Any:

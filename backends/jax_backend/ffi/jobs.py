@@ -14,7 +14,7 @@ from quantcore_backends.cpu_kernels.disk_cache import njit
 from quantcore_backends.cpu_kernels.job import CALL, JOB, PLAN, job_at
 from quantcore_backends.cpu_kernels.vectors import LANES
 from quantcore_backends.jax_backend.ffi import parts
-from quantcore_backends.jax_backend.ffi.bodies import chosen_weight, floats
+from quantcore_backends.jax_backend.ffi.bodies import chosen_weight
 from quantcore_backends.jax_backend.ffi.frame import FIRST_ROUNDED, OPTIONS, TABLE, free, load64, malloc, store64, table
 from quantcore_backends.jax_backend.ffi.operands import bytes_at
 
@@ -92,14 +92,6 @@ def _copy_last_rows(job):
 
 
 @njit(**OPTIONS)
-def _clear_last_block(job, height):
-    """Scales of 0 for what fills up the last block of rows of x, lest it be slow to compute with."""
-    first = job.rows // height * height
-    scales = job.code_scales + first * job.code_scales_row
-    carray(floats(scales), ((job.rows + 3 & -4) - first) * job.code_scales_row // 4)[:] = 0
-
-
-@njit(**OPTIONS)
 def multiply(frame, spec, block, product, products, row, count, width, served):
     """Multiply `count` rows of x from `row` on, of `products` from `product` on, that aren't served yet.
 
@@ -115,14 +107,14 @@ def multiply(frame, spec, block, product, products, row, count, width, served):
     height = 0
     if width < 24 and all_rows > _FEW_ROWS:
         height = number
-        sizes = _of_tiles(count, columns, groups, bits, run, LANES, width)
+        sizes = _of_tiles(count, columns, groups, bits, run, LANES, width, height)
     else:
         sizes = _of_few_rows(columns, groups, bits, group, number, LANES, width)
     shift, reads, codes, scales, sums, words, scratch = sizes
     of_weight = (rows, columns, packed_row // 4, groups, packed_row, scale_row, kind, bits, group)
     plan = _plan(*of_weight, run, shift, reads, codes, scales, sums, words, scratch, _bound(rows, width))
     copy = (rows - plan[_SAFE]) * plan[_COPY_ROW]
-    places = _places(_JOB_BYTES, count, codes, scales, sums, copy)
+    places = _places(_JOB_BYTES, count, height, codes, scales, sums, copy)
     stride = places[4]
     threads = load64(table() + 16) if products * count * rows * columns >= _THREADED else 1
     memory = malloc(64 + parts.TOLD + products * stride + threads * scratch)
@@ -136,8 +128,6 @@ def multiply(frame, spec, block, product, products, row, count, width, served):
         job.scratch, job.refused = jobs + products * stride, served[p]
         if served[p] == 0:
             _copy_last_rows(job)
-            if height and count % 4:
-                _clear_last_block(job, height)
     rounded, whole, part = _turns(count, rows, height, LANES, threads)
     parts.set_jobs(told, jobs, stride, products)
     parts.set_rounding(told, rounder, count, rounded)

@@ -1,0 +1,182 @@
+"""Kernels compiled by Numba: products of many rows of integer activations with packed rows, in matrix units (AMX).
+
+These multiply so fast that all else counts: codes are unpacked once, for all rows of x, and sums leave the units
+through memory, to be scaled in vectors. So few columns are done in one go that several blocks of x and the codes beside
+them stay in the nearest cache, of so many rows of the weight that x is seldom read.
+"""
+
+from functools import cache
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numba import literally
+
+from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
+from quantcore_backends.cpu_kernels.job import (
+    COMPILED,
+    KERNEL,
+    addresses_at,
+    floats_at,
+    integers_at,
+    job_at,
+    row_of,
+)
+from quantcore_backends.cpu_kernels.laying import held_bits, lay_scales
+from quantcore_backends.cpu_kernels.layout import MATRIX_COLUMNS, MATRIX_HEIGHT, MATRIX_TILES, SPARE
+from quantcore_backends.cpu_kernels.simd import load, prefetch, store
+from quantcore_backends.cpu_kernels.simd_amx import CONFIGURATION, SPILL, configure, matrix_product, release
+from quantcore_backends.cpu_kernels.simd_int import chunk_codes
+from quantcore_backends.cpu_kernels.tiles import codes_side_by_side, widen
+from quantcore_backends.cpu_kernels.vectors import LANES
+
+__all__ = ["matrix_tiles"]
+
+_LOW: Final = MATRIX_HEIGHT // 2
+"""Rows of a last block where that is enough."""
+_TOGETHER: Final = 4
+"""Blocks of x, at most, that go over the same codes before the next ones: a power of two."""
+_NEAREST: Final = 32 * 1024
+"""Bytes of them that stay in the nearest cache."""
+_LINE: Final = LANES * 4
+"""Bytes of a row of sums, or of a tile's scales of a group."""
+_PANEL: Final = MATRIX_COLUMNS * LANES
+"""Bytes of a tile's codes."""
+_NOT_FINITE: Final = 0x7F800000
+
+
+class _Scratch(NamedTuple):
+    """Addresses of a thread's scratch memory; behind `sums`, bytes of a tile's sums."""
+
+    codes: int
+    scales: int
+    spill: int
+    configuration: int
+    addresses: int
+    spare: int
+    sums: int
+    sums_size: int
+
+
+@njit(**COMPILED)
+def _scratch(job, thread, run):
+    codes = job.scratch + thread * job.scratch_size
+    scales = codes + MATRIX_TILES * _PANEL
+    spill = scales + MATRIX_TILES * (MATRIX_COLUMNS // run * 2 * _LINE)
+    configuration = spill + SPILL
+    addresses = configuration + CONFIGURATION
+    spare = addresses + 8 * LANES
+    sums = spare + LANES * (MATRIX_COLUMNS + SPARE)
+    sums_size = (job.rows + _LOW - 1) // _LOW * _LOW * _LINE
+    return _Scratch(codes, scales, spill, configuration, addresses, spare, sums, sums_size)
+
+
+@njit(**COMPILED)
+def _lay(job, n, start, end, to, scratch, bits, run, held, chunk):
+    """Unpack the codes of LANES rows from `n` on, those of some runs of columns."""
+    bits, held = literally(bits), literally(held)
+    rows, count = addresses_at(scratch.addresses, LANES), (end - start) * run
+    for lane in range(LANES):
+        its = row_of(job, min(n + lane, job.out_features - 1)) + start * run * bits // 8
+        prefetch(its + LANES * job.packed_row)
+        if held != bits:
+            # Codes that cross words are widened to bytes before.
+            widened = scratch.spare + lane * (MATRIX_COLUMNS + SPARE)
+            for code in range(0, count, chunk):
+                widen(its + code * bits // 8, widened + code, bits)
+            its = widened
+        rows[lane] = its
+    for code in range(0, count, 128 // held):
+        codes_side_by_side(scratch.addresses, code * held // 8, to + code * LANES, held)
+
+
+@njit(forceinline=True, **COMPILED)
+def _multiply(job, m, first, end, tile, start, group, scratch, height, run, layers):
+    """Add the products of a block of x from row `m` on with a tile, of some runs.
+
+    What is laid of the tile begins with the run `start` and the group `group`.
+    """
+    height, run, layers = literally(height), literally(run), literally(layers)
+    before = m * ((job.in_features + run - 1) // run) + first * height
+    beside = tile * (MATRIX_COLUMNS // run) + first // job.group_runs - group
+    matrix_product(
+        job.codes + before * (run * layers),
+        job.code_scales + before * 8,
+        scratch.codes + tile * _PANEL + (first - start) * (run * LANES),
+        scratch.scales + beside * (2 * _LINE),
+        scratch.sums + tile * scratch.sums_size + m * _LINE,
+        scratch.spill,
+        end - first,
+        job.group_runs - first % job.group_runs,
+        job.group_runs,
+        height,
+        run,
+        layers,
+    )
+
+
+@njit(**COMPILED)
+def _give(job, scratch, n, tiles):
+    """Sums of some tiles, of rows from `n` on, to the result. Where one isn't finite, floats must answer."""
+    most = np.int32(0)
+    for tile in range(tiles):
+        bits = integers_at(scratch.sums + tile * scratch.sums_size, job.rows * LANES)
+        for k in range(len(bits)):
+            most = max(most, np.int32(bits[k] & 0x7FFFFFFF))
+    if most >= _NOT_FINITE:
+        job.refused = 1
+    for m in range(job.rows):
+        for tile in range(tiles):
+            at, left = scratch.sums + tile * scratch.sums_size + m * _LINE, job.out_features - n - tile * LANES
+            to = job.out + m * job.out_row + (n + tile * LANES) * 4
+            if left >= LANES:
+                store(to, load(at))
+            else:
+                floats_at(to, left)[:] = floats_at(at, left)
+
+
+@cache
+def matrix_tiles(bits: int, run: int, width: int) -> Any:
+    """Kernel over tiles of LANES of the weight's rows, for blocks of `MATRIX_HEIGHT` rows of x or half as many.
+
+    x has a scale for each `run` of elements.
+    """
+    held, chunk, layers = held_bits(bits), chunk_codes(bits), width // 8
+    laid, nearest = MATRIX_COLUMNS // run, _NEAREST // (MATRIX_HEIGHT * run * layers)
+
+    @cfunc(KERNEL, cache=True, **COMPILED)
+    def kernel(address, thread, first, last):
+        job = job_at(address)
+        runs = (job.in_features + run - 1) // run
+        scratch = _scratch(job, thread, run)
+        high = scratch.sums_size // (MATRIX_HEIGHT * _LINE) * MATRIX_HEIGHT
+        together = _TOGETHER
+        while together > max(1, high // MATRIX_HEIGHT):
+            together //= 2
+        for part in range(first, last, MATRIX_TILES):
+            tiles = min(MATRIX_TILES, last - part)
+            blank = floats_at(scratch.sums, tiles * scratch.sums_size // 4)
+            blank[:] = 0
+            for start in range(0, runs, laid):
+                end, group = min(start + laid, runs), start // job.group_runs
+                groups = (end - 1) // job.group_runs + 1 - group
+                for tile in range(tiles):
+                    n = (part + tile) * LANES
+                    _lay(job, n, start, end, scratch.codes + tile * _PANEL, scratch, bits, run, held, chunk)
+                    to = scratch.scales + tile * laid * (2 * _LINE)
+                    lay_scales(job, n, 1, group, groups, to, scratch.addresses)
+                if high:
+                    configure(scratch.configuration, MATRIX_HEIGHT, run)
+                for block in range(0, high, together * MATRIX_HEIGHT):
+                    for at in range(start, end, nearest // together):
+                        until = min(at + nearest // together, end)
+                        for tile in range(tiles):
+                            for m in range(block, min(block + together * MATRIX_HEIGHT, high), MATRIX_HEIGHT):
+                                _multiply(job, m, at, until, tile, start, group, scratch, MATRIX_HEIGHT, run, layers)
+                if high < job.rows:
+                    configure(scratch.configuration, _LOW, run)
+                    for tile in range(tiles):
+                        _multiply(job, high, start, end, tile, start, group, scratch, _LOW, run, layers)
+            _give(job, scratch, part * LANES, tiles)
+        release()
+
+    return kernel
