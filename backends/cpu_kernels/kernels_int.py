@@ -21,25 +21,36 @@ from quantcore_backends.cpu_kernels.simd_int import (
 )
 from quantcore_backends.cpu_kernels.vectors import LANES
 
-__all__ = ["AHEAD", "LINE", "four_rows", "prefetch_four"]
+__all__ = ["LINE", "four_rows", "prefetch_rows", "rows_ahead"]
 
 
-AHEAD: Final = 8192
+_AHEAD: Final = 8192
 """Bytes of the weight, at least, between what is multiplied and what is prefetched."""
 LINE: Final = 64
 
 
-@njit(forceinline=True, **COMPILED)
-def prefetch_four(address):
-    """Begin to bring four lines near.
+@njit(**COMPILED)
+def rows_ahead(job):
+    """How many rows lie, in whole blocks of four, between those that are multiplied and those that are prefetched."""
+    four = 4 * job.packed_row
+    return 4 * max(1, (_AHEAD + four - 1) // four)
 
-    They follow one another, unlike what four rows read: the hardware then sees one stream through the weight, and
-    keeps more lines under way than are asked for here.
+
+@njit(forceinline=True, **COMPILED)
+def prefetch_rows(job, n, codes, scales):
+    """Begin to bring four rows from `n` on near, while others are at `codes` and `scales` bytes after their start.
+
+    Lines of codes follow one another, unlike what four rows read: the hardware then sees one stream through the weight,
+    and keeps more lines under way than are asked for here.
     """
+    address = job.packed + n * job.packed_row + 4 * (codes - codes % LINE)
     prefetch(address)
     prefetch(address + LINE)
     prefetch(address + 2 * LINE)
     prefetch(address + 3 * LINE)
+    beside = n * job.scale_row + 4 * scales
+    prefetch(job.scales + beside)
+    prefetch(job.biases + beside)
 
 
 def _biased(kind: int) -> Any:
@@ -91,8 +102,7 @@ def four_rows(bits: int, kind: int, run: int, scales: int, width: int) -> Any:
         whole, left = job.in_features // step, job.in_features % step
         valid = (left + job.group - 1) // job.group
         at = (whole * scales >> job.group_shift) * job.scale_step
-        four = 4 * job.packed_row
-        ahead = four * max(1, (AHEAD + four - 1) // four)
+        ahead = rows_ahead(job)
         for n in range(first, last, 4):
             n1, n2, n3 = min(n + 1, last - 1), min(n + 2, last - 1), min(n + 3, last - 1)
             p0, p1, p2, p3 = row_of(job, n), row_of(job, n1), row_of(job, n2), row_of(job, n3)
@@ -104,8 +114,8 @@ def four_rows(bits: int, kind: int, run: int, scales: int, width: int) -> Any:
                 for i in range(whole):
                     xi, pi, si = x + i * codes_step, i * packed_step, (i * scales >> job.group_shift) * job.scale_step
                     xv = load(xs + i * (LANES * 4))
-                    if m == 0 and pi % LINE == 0:
-                        prefetch_four(p0 + ahead + 4 * pi)
+                    if m == 0 and pi % LINE < packed_step:
+                        prefetch_rows(job, n + ahead, pi, si)
                     a0 = times(to_floats(dot(p0 + pi, xi, bits, width, chunks)), xv)
                     a1 = times(to_floats(dot(p1 + pi, xi, bits, width, chunks)), xv)
                     a2 = times(to_floats(dot(p2 + pi, xi, bits, width, chunks)), xv)
@@ -115,7 +125,7 @@ def four_rows(bits: int, kind: int, run: int, scales: int, width: int) -> Any:
                 if left:
                     xi, pi, xv = x + whole * codes_step, whole * packed_step, load(xs + whole * (LANES * 4))
                     if m == 0:
-                        prefetch_four(p0 + ahead + 4 * pi)
+                        prefetch_rows(job, n + ahead, pi, si)
                     a0 = times(to_floats(dot(p0 + pi, xi, bits, width, chunks)), xv)
                     a1 = times(to_floats(dot(p1 + pi, xi, bits, width, chunks)), xv)
                     a2 = times(to_floats(dot(p2 + pi, xi, bits, width, chunks)), xv)

@@ -13,7 +13,7 @@ import numpy as np
 from quantcore_backends.cpu_kernels.activations import step_codes
 from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
 from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, floats_at, job_at, row_of
-from quantcore_backends.cpu_kernels.kernels_int import AHEAD, LINE, prefetch_four
+from quantcore_backends.cpu_kernels.kernels_int import LINE, prefetch_rows, rows_ahead
 from quantcore_backends.cpu_kernels.simd import fma, load, splat, store, times, total, zero
 from quantcore_backends.cpu_kernels.simd_int import chunk_codes, dot, spread, spread_first, to_floats
 from quantcore_backends.cpu_kernels.simd_int24 import (
@@ -89,8 +89,7 @@ def four_rows(bits: int, run: int, scales: int) -> Any:
         s1, s2, s3 = s0 + 3 * laid, s0 + 6 * laid, s0 + 9 * laid
         r0, r1, r2, r3 = s0 + laid, s1 + laid, s2 + laid, s3 + laid
         z0, z1, z2, z3 = r0 + laid, r1 + laid, r2 + laid, r3 + laid
-        four = 4 * job.packed_row
-        ahead = four * max(1, (AHEAD + four - 1) // four)
+        ahead = rows_ahead(job)
         for n in range(first, last, 4):
             n1, n2, n3 = min(n + 1, last - 1), min(n + 2, last - 1), min(n + 3, last - 1)
             p0, p1, p2, p3 = row_of(job, n), row_of(job, n1), row_of(job, n2), row_of(job, n3)
@@ -107,8 +106,8 @@ def four_rows(bits: int, run: int, scales: int) -> Any:
                     for i in range(start, min(start + flush, steps)):
                         xi, pi, g = x + i * codes_step, i * packed_step, (i * scales >> job.group_shift) * 4
                         xv, xi_sum = load(xs + i * _VECTOR), spread_integers(sums + i * _VECTOR, LANES)
-                        if m == 0 and pi % LINE == 0:
-                            prefetch_four(p0 + ahead + 4 * pi)
+                        if m == 0 and pi % LINE < packed_step:
+                            prefetch_rows(job, n + ahead, pi, g // 4 * job.scale_step)
                         c0 = dot(p0 + pi, xi, bits, _WIDTH, chunks)
                         c1 = dot(p1 + pi, xi, bits, _WIDTH, chunks)
                         c2 = dot(p2 + pi, xi, bits, _WIDTH, chunks)
