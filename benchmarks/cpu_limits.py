@@ -1,4 +1,4 @@
-"""What this machine can do at most: reads from cache and memory, and multiplications of three kinds.
+"""What this machine can do at most: reads from cache and memory, and multiplications of several kinds.
 
 Measured with the kernels' own vectors and threads, the best of many repeats. No product can take less time than to
 read its weight, or than its multiplications take at their peak: the *roofline* of Williams, Waterman & Patterson
@@ -23,11 +23,12 @@ from numba import cfunc, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from quantcore_backends.cpu_kernels import pool, simd_int
+from quantcore_backends.cpu_kernels import amx, pool, simd_amx, simd_int
 from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, addresses_at, floats_at
 from quantcore_backends.cpu_kernels.simd import fma, load, splat, total, zero
 from quantcore_backends.cpu_kernels.threads import native_pool
 from quantcore_backends.cpu_kernels.vectors import (
+    BYTE,
     BYTES,
     DWORDS,
     FLOATS,
@@ -154,6 +155,40 @@ def _multiplications(kind: str, dot: str | None) -> tuple[Any, int]:
     return kernel, TURNS * rows * columns * depth * LANES * PER_LANE[kind]
 
 
+def _matrix_multiplications() -> tuple[Any, int]:
+    """As :func:`_multiplications`, of bytes in matrix units: two tiles of x by one of codes, all loaded each time."""
+    nothing, line = ir.VoidType(), ir.Constant(QWORD, LINE)
+
+    def number(tile: int) -> Any:
+        return ir.Constant(BYTE, tile)
+
+    @intrinsic
+    def multiply(typing: Any, operands: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            with cgutils.for_range(builder, ir.Constant(QWORD, STEPS)) as loop:
+                apart = builder.and_(loop.index, ir.Constant(QWORD, 3))
+                here = builder.add(args[0], builder.mul(apart, ir.Constant(QWORD, OPERANDS // 4)))
+                for tile in (2, 3, 4):
+                    at = builder.inttoptr(offset(builder, here, tile * 16 * LINE), BYTE.as_pointer())
+                    simd_int.called(builder, "llvm.x86.tileloadd64", nothing, [number(tile), at, line])
+                for total in (0, 1):
+                    operands = [number(total), number(3 + total), number(2)]
+                    simd_int.called(builder, "llvm.x86.tdpbsud", nothing, operands)
+            return context.get_dummy_value()
+
+        return types.void(types.intp), generate
+
+    @cfunc(KERNEL, **COMPILED)
+    def kernel(address: Any, thread: Any, first: Any, last: Any) -> None:
+        job = addresses_at(address, 2)
+        simd_amx.configure(job[1] + thread * LINE, 16, 64)
+        for _ in range(first, last):
+            multiply(job[0])
+        simd_amx.release()
+
+    return kernel, 2 * 16 * 16 * 64
+
+
 class Limits:
     """Peaks of the threads that quantcore's kernels use.
 
@@ -162,7 +197,9 @@ class Limits:
     cache : int
         Bytes of the last-level cache as reported; 0 if unknown.
     peaks : dict of str to float
-        Multiplications per second, by kind of arithmetic; without the 8-bit dot where the target has none.
+        Multiplications per second of vectors, by kind of arithmetic; without the 8-bit dot where the target has none.
+    matrix_peak : float
+        Those of bytes in matrix units, which no roofline looks at; 0 where quantcore uses none.
     """
 
     def __init__(self, seconds: float = 0.5) -> None:
@@ -172,7 +209,10 @@ class Limits:
         self._memory = np.ones(max(512 * MIB, 4 * self.cache) // 4, np.float32)
         self._read: dict[int, float] = {}
         self.dot = simd_int.byte_dot(BITS)
-        self.peaks = {kind: self._peak(kind) for kind in PER_LANE if kind != BYTE_DOT or self.dot}
+        kinds = [kind for kind in PER_LANE if kind != BYTE_DOT or self.dot]
+        self.peaks = {kind: self._peak(*_multiplications(kind, self.dot)) for kind in kinds}
+        units = simd_amx.on_target() and amx.permitted()
+        self.matrix_peak = self._peak(*_matrix_multiplications()) if units else 0.0
 
     def _parallel(self, kernel: Any, data: int, count: int, *more: int) -> Callable[[], None]:
         job = np.array([data, self._sink.ctypes.data + -self._sink.ctypes.data % LINE, *more], np.int64)
@@ -187,8 +227,7 @@ class Limits:
             best, repeats = min(best, time.perf_counter() - start), repeats + 1
         return float(best)
 
-    def _peak(self, kind: str) -> float:
-        kernel, per_step = _multiplications(kind, self.dot)
+    def _peak(self, kernel: Any, per_step: int) -> float:
         operands = np.random.default_rng(0).uniform(0.5, 1, OPERANDS // 4 + LINE // 4).astype(np.float32)
         start = operands.ctypes.data + -operands.ctypes.data % LINE
         parts = 16 * self.threads
@@ -238,6 +277,7 @@ class Limits:
             "cache_gb_per_s": round(self.bandwidth(min(8 * MIB, self.cache // 2 or 8 * MIB)) / 1e9, 2),
             "read_gb_per_s_by_mib": {size / MIB: round(rate / 1e9, 2) for size, rate in sorted(self._read.items())},
             "giga_multiplications_per_s": {kind: round(peak / 1e9, 1) for kind, peak in self.peaks.items()},
+            "giga_multiplications_per_s_in_matrix_units": round(self.matrix_peak / 1e9, 1),
         }
 
 
