@@ -37,6 +37,7 @@ def tiles(bits: int, run: int, width: int, height: int) -> Any:
     def kernel(address, thread, first, last):
         job = job_at(address)
         runs = (job.in_features + run - 1) // run
+        group_runs, next_run = job.group_runs, OUTPUTS * job.packed_row // max(1, runs)
         words = job.tile_words
         tile = job.scratch + thread * job.scratch_size
         scales = tile + words * (OUTPUTS * 4)
@@ -63,12 +64,29 @@ def tiles(bits: int, run: int, width: int, height: int) -> Any:
             for m in range(0, job.rows, height):
                 x = job.codes + m * runs * (run * width // 8)
                 x_scales, to = job.code_scales + m * runs * 8, sums + m * (OUTPUTS * 4)
+                # While the first block is computed, the next tile comes near.
+                ahead, further = (job.packed + (n + OUTPUTS) * job.packed_row, next_run) if m == 0 else (tile, 0)
                 if height == 4 or job.rows - m > 4:
                     block_product(
-                        x, x_scales, tile, scales, to, runs, job.group_runs, height, VECTORS, run, width, held
+                        x,
+                        x_scales,
+                        tile,
+                        scales,
+                        to,
+                        runs,
+                        group_runs,
+                        ahead,
+                        further,
+                        height,
+                        VECTORS,
+                        run,
+                        width,
+                        held,
                     )
                 else:
-                    block_product(x, x_scales, tile, scales, to, runs, job.group_runs, 4, VECTORS, run, width, held)
+                    block_product(
+                        x, x_scales, tile, scales, to, runs, group_runs, ahead, further, 4, VECTORS, run, width, held
+                    )
             give(job, sums, n, VECTORS)
 
     return kernel
