@@ -8,7 +8,6 @@ them stay in the nearest cache, of so many rows of the weight that x is seldom r
 from functools import cache
 from typing import Any, Final, NamedTuple
 
-import numpy as np
 from numba import literally
 
 from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
@@ -17,14 +16,20 @@ from quantcore_backends.cpu_kernels.job import (
     KERNEL,
     addresses_at,
     floats_at,
-    integers_at,
     job_at,
     row_of,
 )
-from quantcore_backends.cpu_kernels.laying import held_bits, lay_scales
-from quantcore_backends.cpu_kernels.layout import MATRIX_COLUMNS, MATRIX_HEIGHT, MATRIX_TILES, SPARE
-from quantcore_backends.cpu_kernels.simd import load, prefetch, store
-from quantcore_backends.cpu_kernels.simd_amx import CONFIGURATION, SPILL, configure, matrix_product, release
+from quantcore_backends.cpu_kernels.laying import give, held_bits, lay_scales
+from quantcore_backends.cpu_kernels.layout import (
+    CONFIGURATION,
+    MATRIX_COLUMNS,
+    MATRIX_HEIGHT,
+    MATRIX_TILES,
+    SPARE,
+    SPILL,
+)
+from quantcore_backends.cpu_kernels.simd import prefetch
+from quantcore_backends.cpu_kernels.simd_amx import configure, matrix_product, release
 from quantcore_backends.cpu_kernels.simd_int import chunk_codes
 from quantcore_backends.cpu_kernels.tiles import codes_side_by_side, widen
 from quantcore_backends.cpu_kernels.vectors import LANES
@@ -41,7 +46,6 @@ _LINE: Final = LANES * 4
 """Bytes of a row of sums, or of a tile's scales of a group."""
 _PANEL: Final = MATRIX_COLUMNS * LANES
 """Bytes of a tile's codes."""
-_NOT_FINITE: Final = 0x7F800000
 
 
 class _Scratch(NamedTuple):
@@ -114,26 +118,6 @@ def _multiply(job, m, first, end, tile, start, group, scratch, height, run, laye
     )
 
 
-@njit(**COMPILED)
-def _give(job, scratch, n, tiles):
-    """Sums of some tiles, of rows from `n` on, to the result. Where one isn't finite, floats must answer."""
-    most = np.int32(0)
-    for tile in range(tiles):
-        bits = integers_at(scratch.sums + tile * scratch.sums_size, job.rows * LANES)
-        for k in range(len(bits)):
-            most = max(most, np.int32(bits[k] & 0x7FFFFFFF))
-    if most >= _NOT_FINITE:
-        job.refused = 1
-    for m in range(job.rows):
-        for tile in range(tiles):
-            at, left = scratch.sums + tile * scratch.sums_size + m * _LINE, job.out_features - n - tile * LANES
-            to = job.out + m * job.out_row + (n + tile * LANES) * 4
-            if left >= LANES:
-                store(to, load(at))
-            else:
-                floats_at(to, left)[:] = floats_at(at, left)
-
-
 @cache
 def matrix_tiles(bits: int, run: int, width: int) -> Any:
     """Kernel over tiles of LANES of the weight's rows, for blocks of `MATRIX_HEIGHT` rows of x or half as many.
@@ -176,7 +160,7 @@ def matrix_tiles(bits: int, run: int, width: int) -> Any:
                     configure(scratch.configuration, _LOW, run)
                     for tile in range(tiles):
                         _multiply(job, high, start, end, tile, start, group, scratch, _LOW, run, layers)
-            _give(job, scratch, part * LANES, tiles)
+            give(job, scratch.sums, scratch.sums_size, part * LANES, tiles, 1)
         release()
 
     return kernel

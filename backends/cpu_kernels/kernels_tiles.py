@@ -87,6 +87,6 @@ def tiles(bits: int, run: int, width: int, height: int) -> Any:
                     block_product(
                         x, x_scales, tile, scales, to, runs, group_runs, ahead, further, 4, VECTORS, run, width, held
                     )
-            give(job, sums, n, VECTORS)
+            give(job, sums, 0, n, 1, VECTORS)
 
     return kernel

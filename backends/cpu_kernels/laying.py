@@ -1,16 +1,19 @@
 """What the kernels of many rows of x share: the weight's scales put side by side, and results taken out of tiles."""
 
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from quantcore_backends.cpu_kernels.disk_cache import njit
-from quantcore_backends.cpu_kernels.job import COMPILED, addresses_at, floats_at
-from quantcore_backends.cpu_kernels.simd import scale_at
+from quantcore_backends.cpu_kernels.job import COMPILED, addresses_at, floats_at, integers_at
+from quantcore_backends.cpu_kernels.simd import load, scale_at, store
 from quantcore_backends.cpu_kernels.tiles import side_by_side
 from quantcore_backends.cpu_kernels.vectors import LANES
 
 __all__ = ["give", "held_bits", "lay_scales"]
+
+_NOT_FINITE: Final = 0x7F800000
+"""Bits of infinity: those of a magnitude that isn't finite are no fewer."""
 
 
 def held_bits(bits: int) -> int:
@@ -62,16 +65,24 @@ def lay_scales(job, n, vectors, group, groups, to, addresses):
 
 
 @njit(**COMPILED)
-def give(job, sums, n, vectors):
-    """Sums of some vectors of rows from `n` on to the result. Where one isn't finite, floats must answer."""
-    width = vectors * LANES
-    outputs = min(width, job.out_features - n)
+def give(job, sums, apart, n, tiles, vectors):
+    """Sums of some tiles to the result, each `apart` bytes behind the last. Where one isn't finite, floats must answer.
+
+    A tile has some vectors of rows of the weight, the first tile from `n` on, for each row of x.
+    """
+    size, most = vectors * LANES * 4, np.int32(0)
+    for tile in range(tiles):
+        bits = integers_at(sums + tile * apart, job.rows * size // 4)
+        for k in range(len(bits)):
+            most = max(most, np.int32(bits[k] & 0x7FFFFFFF))
+    if most >= _NOT_FINITE:
+        job.refused = 1
     for m in range(job.rows):
-        row = floats_at(sums + m * (width * 4), width)
-        out = floats_at(job.out + m * job.out_row + n * 4, outputs)
-        odd = np.float32(0)
-        for k in range(outputs):
-            out[k] = row[k]
-            odd += row[k] - row[k]
-        if odd != 0:
-            job.refused = 1
+        for tile in range(tiles):
+            for v in range(vectors):
+                at, first = sums + tile * apart + m * size + v * (LANES * 4), n + (tile * vectors + v) * LANES
+                to, left = job.out + m * job.out_row + first * 4, job.out_features - first
+                if left >= LANES:
+                    store(to, load(at))
+                elif left > 0:
+                    floats_at(to, left)[:] = floats_at(at, left)

@@ -4,10 +4,12 @@ Plain arithmetic on plain integers, and no function calls another, so that each 
 """
 
 __all__ = [
+    "CONFIGURATION",
     "MATRIX_COLUMNS",
     "MATRIX_HEIGHT",
     "MATRIX_TILES",
     "SPARE",
+    "SPILL",
     "VECTORS",
     "bound",
     "of_few_rows",
@@ -31,8 +33,10 @@ MATRIX_COLUMNS = 1024
 """Columns of the weight that are laid for them in one go."""
 MATRIX_TILES = 16
 """Tiles, of LANES of the weight's rows, that they take in one go: x is read so many times less."""
-_MATRIX_SCRATCH = 4096 + 64
-"""What they need beside: sums on their way from the units, and a configuration."""
+SPILL = 4096
+"""Bytes through which sums go from the units to vectors: those of two runs, of two layers each."""
+CONFIGURATION = 64
+"""Bytes that say how large the units' registers are."""
 _ROUNDED_TOGETHER = 16
 """Rows of x from which threads share in rounding them."""
 
@@ -111,8 +115,9 @@ def of_tiles(
     runs = -(-columns // run)
     words = -(-(runs * run * held // 32) // 4) * 4
     if height == MATRIX_HEIGHT:
-        tile = lanes * (MATRIX_COLUMNS + MATRIX_COLUMNS // run * 8 + 4 * (-(-rows // 8) * 8))
-        scratch = MATRIX_TILES * tile + _MATRIX_SCRATCH + lanes * (8 + MATRIX_COLUMNS + SPARE)
+        low = height // 2
+        tile = lanes * (MATRIX_COLUMNS + MATRIX_COLUMNS // run * 8 + 4 * (-(-rows // low) * low))
+        scratch = MATRIX_TILES * tile + SPILL + CONFIGURATION + lanes * (8 + MATRIX_COLUMNS + SPARE)
     else:
         tile, addresses = 4 * VECTORS * lanes * (words + 2 * groups + rows + 4), 8 * lanes
         scratch = tile + addresses + lanes * (4 * words + SPARE) + 64

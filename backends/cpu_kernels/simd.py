@@ -22,6 +22,7 @@ from quantcore_backends.cpu_kernels.vectors import (
     constant,
     floats,
     half_as_float,
+    prefetched,
     read,
     repeat,
     shuffled,
@@ -235,10 +236,7 @@ def prefetch(typing: Any, address: Any) -> Any:
     """Begin to bring a cache line near. The address may be anything."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = builder.inttoptr(args[0], BYTE.as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [pointer.type, DWORD, DWORD, DWORD])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [pointer, *(ir.Constant(DWORD, value) for value in (0, 3, 1))])
+        prefetched(builder, args[0], 3)
         return context.get_dummy_value()
 
     return types.void(types.intp), generate

@@ -12,6 +12,7 @@ from numba.extending import intrinsic
 
 from quantcore_backends.cpu_kernels.disk_cache import njit
 from quantcore_backends.cpu_kernels.job import COMPILED, bytes_at
+from quantcore_backends.cpu_kernels.layout import CONFIGURATION
 from quantcore_backends.cpu_kernels.simd_int import called
 from quantcore_backends.cpu_kernels.vectors import (
     BYTE,
@@ -28,12 +29,7 @@ from quantcore_backends.cpu_kernels.vectors import (
     write,
 )
 
-__all__ = ["CONFIGURATION", "SPILL", "configure", "matrix_product", "on_target", "release"]
-
-CONFIGURATION: Final = 64
-"""Bytes of a configuration."""
-SPILL: Final = 4096
-"""Bytes through which sums go from tiles to vectors: those of two runs, of two layers each."""
+__all__ = ["configure", "matrix_product", "on_target", "release"]
 
 _SUMS: Final = (0, 1)
 _CODES: Final = 2

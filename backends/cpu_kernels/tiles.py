@@ -8,7 +8,6 @@ from numba.extending import intrinsic
 
 from quantcore_backends.cpu_kernels.simd_int import (
     add_products,
-    called,
     codes_of_words,
     crossing,
     form,
@@ -25,6 +24,7 @@ from quantcore_backends.cpu_kernels.vectors import (
     QWORD,
     constant,
     offset,
+    prefetched,
     read,
     repeat,
     write,
@@ -203,10 +203,8 @@ class _Block:
 
     def prefetch(self, address: Any) -> None:
         """Begin to bring as much near as a run has of packed words."""
-        builder, chosen = self.builder, [ir.Constant(DWORD, n) for n in (0, 2, 1)]  # to read, to the second cache, data
         for line in range(self.words * self.vectors * LANES * 4 // 64):
-            at = builder.inttoptr(offset(builder, address, line * 64), BYTE.as_pointer())
-            called(builder, "llvm.prefetch.p0", ir.VoidType(), [at, *chosen])
+            prefetched(self.builder, offset(self.builder, address, line * 64), 2)
 
     def sum_run(self, x: Any, words: Any) -> None:
         """Products of one run, summed."""

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import llvmlite.binding as llvm
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import models, register_model
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "half_as_float",
     "ints",
     "offset",
+    "prefetched",
     "read",
     "repeat",
     "shuffled",
@@ -106,6 +107,14 @@ def read(builder: Any, address: Any, kind: Any) -> Any:
 def write(builder: Any, address: Any, value: Any) -> None:
     """A value to memory, wherever it lies."""
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
+
+
+def prefetched(builder: Any, address: Any, nearness: int) -> None:
+    """Begin to bring a cache line near: 3 is the nearest cache, 2 the next. The address may be anything."""
+    pointer = builder.inttoptr(address, BYTE.as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, DWORD, DWORD, DWORD])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [pointer, *(ir.Constant(DWORD, value) for value in (0, nearness, 1))])
 
 
 def shuffled(builder: Any, vector: Any, places: list[int]) -> Any:

@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+from functools import cache
 from typing import Any
 
 import pytest
 
-from quantcore_backends.cpu_kernels import amx, integer, layout
+from quantcore_backends.cpu_kernels import amx
 from quantcore_backends.cpu_kernels.vectors import LANES, target_has
 
 FEATURES = (
@@ -64,7 +65,7 @@ simd_amx.on_target = amx.permitted = lambda: True
 """
 
 _PRODUCTS = """
-import ml_dtypes, sys
+import ml_dtypes
 import quantcore as qc
 from quantcore.testing import oracle
 from quantcore_backends.cpu_kernels import integer
@@ -97,6 +98,9 @@ changed = qc.quantized_tensor(qw.packed, scales, qw.biases, qw.shape, qw.scheme)
 for weight, x in ((changed, np.ones((20, 1100), np.float32)), (qw, np.full((20, 1100), np.nan, np.float32))):
     of = integer.Weight.of(weight.packed, weight.scales, weight.biases, weight.scheme, 1100)
     assert not integer.multiply(x, 20, of, np.empty((20, 40), np.float32), 16)
+
+integer._compiled().matrix_units = False  # as without leave
+assert integer.tile_kernels(scheme, 16).height == 8
 print("right")
 """
 
@@ -126,12 +130,19 @@ def test_products_are_right_with_the_units_emulated(tmp_path: Any) -> None:
     assert done.stdout == "right\n", done.stderr[-2000:]
 
 
-def test_without_leave_the_vectors_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(integer._compiled(), "matrix_units", False)
-    from quantcore import Scheme
+@pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="only Linux on x86 is asked")
+@pytest.mark.parametrize(("answer", "permitted"), [(0, True), (-1, False)])
+def test_leave_is_asked_for_once_and_a_refusal_believed(
+    answer: int, permitted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
 
-    assert integer.tile_kernels(Scheme("affine", 4, 64), 16).height < layout.MATRIX_HEIGHT
+    class System:
+        def syscall(self, *numbers: int) -> int:
+            asked.append(numbers)
+            return answer
 
-
-def test_leave_is_asked_for_once() -> None:
-    assert amx.permitted() is amx.permitted()
+    monkeypatch.setattr(amx.ctypes, "CDLL", lambda name: System())
+    monkeypatch.setattr(amx, "permitted", cache(amx.permitted.__wrapped__))
+    assert [amx.permitted(), amx.permitted()] == [permitted] * 2
+    assert asked == [(158, 0x1023, 18)]
