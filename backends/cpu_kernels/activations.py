@@ -21,9 +21,14 @@ from quantcore_backends.cpu_kernels.simd_int import Form, chunk_codes, form, lan
 from quantcore_backends.cpu_kernels.simd_rounding import place, rounded
 from quantcore_backends.cpu_kernels.vectors import LANES
 
-__all__ = ["block_height", "block_rounder", "row_rounder", "run_length", "step_codes"]
+__all__ = ["RAISED", "block_height", "block_rounder", "row_rounder", "run_length", "step_codes"]
 
 _RUN: Final = 64
+RAISED: Final = np.float32(1 << 15)
+"""How much larger scales of x of 16 and 8 bits are given to the kernels of few rows, and their results by it.
+
+Else the product with a weight's scale would lose digits below float32's normal numbers long before the result does.
+"""
 
 
 def run_length(group: int | None) -> int:
@@ -76,8 +81,8 @@ def block_height(left, height):
 def row_rounder(bits: int, run: int, width: int) -> Any:
     """Kernel that makes rows of x integers of `width` bits for the kernels of few rows.
 
-    They lie in the order of :func:`simd_int.dot`, the scale of each `run` spread over lanes as the sums will be. Beside
-    them the sums of x of each group of the weight; with 24 bits, before these the sums of the integers of each lane.
+    They lie in the order of :func:`simd_int.dot`. Beside them the scale of each `run`, and its sum of x; with 24 bits,
+    instead of these the sums of the integers of each lane, and behind them those of x of each group of the weight.
     """
     step, (layers, parts), top = step_codes(bits, run), form(bits, width), _top(bits, run, width)
     chunk, planes, lanes = chunk_codes(bits), lane_codes(bits) // parts, run * LANES // step
@@ -91,11 +96,11 @@ def row_rounder(bits: int, run: int, width: int) -> Any:
         padded, integers = np.zeros(run, np.float32), np.empty(run, np.int32)
         for m in range(first, last):
             x, codes = job.x + m * job.x_row, job.codes + m * job.codes_row
-            scales = floats_at(job.code_scales + m * job.code_scales_row, runs * lanes)
-            sums = floats_at(job.sums + m * job.sums_row + (runs * lanes * 4 if width == 24 else 0), job.groups)
-            lane_sums = integers_at(job.sums + m * job.sums_row, job.sums_row // 4)
-            if width == 24:
-                lane_sums[:] = 0
+            scales = floats_at(job.code_scales + m * job.code_scales_row, runs)
+            sums = job.sums + m * job.sums_row
+            of_runs, of_groups = floats_at(sums, runs), floats_at(sums + runs * lanes * 4, job.groups)
+            lane_sums = integers_at(sums, job.sums_row // 4)
+            lane_sums[:] = 0  # vectors read past the sums
             error, square, largest = np.float32(0), np.float32(0), np.float32(0)
             total, group_of = 0.0, 0
             for r in range(runs):
@@ -105,24 +110,27 @@ def row_rounder(bits: int, run: int, width: int) -> Any:
                 error += off
                 square += its
                 largest = max(largest, peak)
-                scales[r * lanes : (r + 1) * lanes] = scale
                 if width == 24:
+                    scales[r] = scale
                     for lane in range(lanes):
                         for k in range(of_lane):
                             lane_sums[r * lanes + lane] += integers[lane * of_lane + k]
-                if start // job.group != group_of:
-                    if group_of < job.groups:
-                        sums[group_of] = total
-                    total, group_of = 0.0, start // job.group
-                total += np.float64(scale) * count
+                    if start // job.group != group_of:
+                        if group_of < job.groups:
+                            of_groups[group_of] = total
+                        total, group_of = 0.0, start // job.group
+                    total += np.float64(scale) * count
+                else:
+                    scales[r] = scale * RAISED
+                    of_runs[r] = scales[r] * count
                 # Runs may be parts of a chunk, or several chunks.
                 for part in range(0, run, some):
                     within = (start + part) % chunk
                     at = (start + part - within) * layers + within // planes
                     to = codes + at * element // 8
                     place(integers.ctypes.data + part * 4, to, some, some, planes, plane, layers, chunk, element)
-            if group_of < job.groups:
-                sums[group_of] = total
+            if width == 24 and group_of < job.groups:
+                of_groups[group_of] = total
             if refused(error, square, largest, bound):
                 job.refused = 1
 

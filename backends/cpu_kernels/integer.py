@@ -117,16 +117,19 @@ class RowKernels(NamedTuple):
     step: int
 
 
-def row_kernels(scheme: Scheme, kind: int, width: int) -> RowKernels:
-    """What rounds few rows of x to integers of `width` bits, and what multiplies them; `kind` is the scales'."""
+def row_kernels(scheme: Scheme, kind: int, width: int, together: int) -> RowKernels:
+    """What rounds few rows of x to integers of `width` bits, and what multiplies them.
+
+    `kind` is the scales'; those of 16 and 8 bits are taken one row of x at a time, or two.
+    """
     modules = _compiled()
     run = modules.activations.run_length(scheme.group_size)
     step = modules.activations.step_codes(scheme.bits, run)
-    in_step = max(1, step // (scheme.group_size or step))
     if width == 24:
-        kernel = modules.rows24.four_rows(scheme.bits, run, in_step)
+        kernel = modules.rows24.four_rows(scheme.bits, run, max(1, step // (scheme.group_size or step)))
     else:
-        kernel = modules.rows.four_rows(scheme.bits, kind, run, in_step, width)
+        sharing = (scheme.group_size or 0) // run
+        kernel = modules.rows.four_rows(scheme.bits, kind, run, sharing, width, together)
     return RowKernels(modules.activations.row_rounder(scheme.bits, run, width), kernel, step)
 
 
@@ -235,13 +238,13 @@ class _Plan:
         scheme, columns, outputs, words, groups, packed_row, scale_row, kind = geometry
         bits, group, lanes = scheme.bits, scheme.group_size or 0, modules.lanes
         run = modules.activations.run_length(scheme.group_size)
-        self.height = 0
-        if width < 24 and rows > FEW_ROWS:
+        self.height, together = 0, layout.together(rows, FEW_ROWS)
+        if width < 24 and not together:
             rounder, kernel, self.height = tile_kernels(scheme, width)
             sizes = layout.of_tiles(rows, columns, groups, bits, run, lanes, width, self.height)
         else:
-            rounder, kernel, step = row_kernels(scheme, kind, width)
-            sizes = layout.of_few_rows(columns, groups, bits, group, step, lanes, width)
+            rounder, kernel, step = row_kernels(scheme, kind, width, together)
+            sizes = layout.of_few_rows(columns, groups, bits, group, run, step, lanes, width)
         of_weight = outputs, columns, words, groups, packed_row, scale_row, kind, bits, group
         fixed = layout.plan(*of_weight, run, *sizes, layout.bound(outputs, width))
         fields = dict(zip(modules.job.PLAN, fixed, strict=True))

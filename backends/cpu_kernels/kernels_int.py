@@ -1,32 +1,45 @@
 """Kernels compiled by Numba: products of few rows of integer activations with packed rows.
 
-The products of a run of codes are summed exactly, as integers; the sum is scaled by x's scale, then by the weight's.
-The biases enter as ``bias * sum(x)`` over the group, the sum being that of the rounded x: that of the exact x would
-leave the rounding error times the bias, which is most of the weight's range.
+The products of a run of codes are summed exactly, as integers; the sum is scaled by x's scale times the weight's, which
+are multiplied before, a vector of them at a time. The biases enter as ``bias * sum(x)`` over the group, the sum being
+that of the rounded x: that of the exact x would leave the rounding error times the bias, which is most of the weight's
+range.
 """
 
 from functools import cache
 from typing import Any, Final
 
-from quantcore_backends.cpu_kernels.activations import step_codes
+from numba import literally
+
+from quantcore_backends.cpu_kernels.activations import RAISED, step_codes
 from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
-from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, floats_at, job_at, row_of
-from quantcore_backends.cpu_kernels.simd import fma, load, prefetch, times, total, zero
-from quantcore_backends.cpu_kernels.simd_int import (
-    chunk_codes,
-    dot,
-    spread,
-    spread_first,
-    to_floats,
+from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, job_at, row_of
+from quantcore_backends.cpu_kernels.simd import (
+    fma,
+    load,
+    minus,
+    prefetch,
+    splat,
+    store,
+    store_four,
+    times,
+    total,
+    totals,
+    zero,
 )
+from quantcore_backends.cpu_kernels.simd_int import chunk_codes, dot, spread, spread_first, to_floats
 from quantcore_backends.cpu_kernels.vectors import LANES
 
-__all__ = ["LINE", "four_rows", "prefetch_rows", "rows_ahead"]
+__all__ = ["four", "four_rows", "further", "prefetch_lines", "rows_ahead", "rows_of"]
 
 
-_AHEAD: Final = 8192
+_AHEAD: Final = 32768
 """Bytes of the weight, at least, between what is multiplied and what is prefetched."""
-LINE: Final = 64
+_LINE: Final = 64
+_VECTOR: Final = 4 * LANES
+_LOWERED: Final = 1 / RAISED
+_SIZES: Final = (4, 2, 2)
+"""Bytes of a scale of each kind."""
 
 
 @njit(**COMPILED)
@@ -37,109 +50,129 @@ def rows_ahead(job):
 
 
 @njit(forceinline=True, **COMPILED)
-def prefetch_rows(job, n, codes, scales):
-    """Begin to bring four rows from `n` on near, while others are at `codes` and `scales` bytes after their start.
+def prefetch_lines(address, size):
+    """Begin to bring `size` bytes near.
 
-    Lines of codes follow one another, unlike what four rows read: the hardware then sees one stream through the weight,
-    and keeps more lines under way than are asked for here.
+    What four rows need is prefetched as if it were one row: the hardware then sees one stream through the weight, and
+    keeps more lines under way than are asked for here.
     """
-    address = job.packed + n * job.packed_row + 4 * (codes - codes % LINE)
-    prefetch(address)
-    prefetch(address + LINE)
-    prefetch(address + 2 * LINE)
-    prefetch(address + 3 * LINE)
-    beside = n * job.scale_row + 4 * scales
-    prefetch(job.scales + beside)
-    prefetch(job.biases + beside)
-
-
-def _biased(kind: int) -> Any:
-    """Function that multiplies a row's biases of a kind by the sums of x, lane by lane, and adds."""
-    size = (4, 2, 2)[kind]
-
-    @njit(forceinline=True, **COMPILED)
-    def biased(biases, sums, groups, lanes):
-        whole = groups // LANES
-        for g in range(whole):
-            lanes = fma(spread(biases + g * LANES * size, kind, LANES), load(sums + g * LANES * 4), lanes)
-        left = groups - whole * LANES
-        if left:
-            few = spread_first(biases + whole * LANES * size, kind, LANES, left)
-            lanes = fma(few, spread_first(sums + whole * LANES * 4, 0, LANES, left), lanes)
-        return lanes
-
-    return biased
-
-
-# A kernel that is cached on disk may close over numbers only: of functions, Numba sees no two that are the same.
-_biased_float32, _biased_float16, _biased_bfloat16 = _biased(0), _biased(1), _biased(2)
+    for line in range(0, size, _LINE):
+        prefetch(address + line)
 
 
 @njit(forceinline=True, **COMPILED)
-def biased(job, n, sums, lanes):
-    """Lanes to which biases of a row times the sums of x are added."""
-    biases = job.biases + n * job.scale_row
-    if job.kind == 0:
-        return _biased_float32(biases, sums, job.groups, lanes)
-    if job.kind == 1:
-        return _biased_float16(biases, sums, job.groups, lanes)
-    return _biased_bfloat16(biases, sums, job.groups, lanes)
+def four(address, stride, n, last):
+    """Addresses of four rows from `n` on, or of the one before `last` in place of those that don't exist."""
+    n1, n2, n3 = min(n + 1, last - 1), min(n + 2, last - 1), min(n + 3, last - 1)
+    return address + n * stride, address + n1 * stride, address + n2 * stride, address + n3 * stride
+
+
+@njit(forceinline=True, **COMPILED)
+def rows_of(job, n, last):
+    """Addresses of four packed rows, as of :func:`four`."""
+    n1, n2, n3 = min(n + 1, last - 1), min(n + 2, last - 1), min(n + 3, last - 1)
+    return row_of(job, n), row_of(job, n1), row_of(job, n2), row_of(job, n3)
+
+
+@njit(forceinline=True, **COMPILED)
+def further(addresses, size):
+    """Four addresses, `size` bytes further."""
+    return addresses[0] + size, addresses[1] + size, addresses[2] + size, addresses[3] + size
+
+
+@njit(forceinline=True, **COMPILED)
+def _give(job, n, last, m, sums):
+    """Totals of four rows' sums to the result; a vector of zeros unless one isn't finite."""
+    y = times(totals(sums[0], sums[1], sums[2], sums[3]), splat(_LOWERED))
+    store_four(job.out + m * job.out_row + n * 4, y, last - n)
+    return minus(y, y)
+
+
+@njit(forceinline=True, **COMPILED)
+def _lay(to, scales, biases, left, x_scales, x_sums, sums, kind, several):
+    """Lay what four rows' sums are scaled by for a vector of runs, and add the biases' part to the sums."""
+    kind, several = literally(kind), literally(several)
+    of_x = load(x_scales)
+    store(to, times(spread_first(scales[0], kind, several, left), of_x))
+    store(to + _VECTOR, times(spread_first(scales[1], kind, several, left), of_x))
+    store(to + 2 * _VECTOR, times(spread_first(scales[2], kind, several, left), of_x))
+    store(to + 3 * _VECTOR, times(spread_first(scales[3], kind, several, left), of_x))
+    of_x = load(x_sums)
+    return (
+        fma(spread_first(biases[0], kind, several, left), of_x, sums[0]),
+        fma(spread_first(biases[1], kind, several, left), of_x, sums[1]),
+        fma(spread_first(biases[2], kind, several, left), of_x, sums[2]),
+        fma(spread_first(biases[3], kind, several, left), of_x, sums[3]),
+    )
+
+
+@njit(forceinline=True, **COMPILED)
+def _add(sums, packed, x, laid, bits, width, chunks, runs):
+    """Add the products of a step of x with four rows, scaled, to the sums."""
+    bits, width, chunks, runs = literally(bits), literally(width), literally(chunks), literally(runs)
+    products = (
+        to_floats(dot(packed[0], x, bits, width, chunks)),
+        to_floats(dot(packed[1], x, bits, width, chunks)),
+        to_floats(dot(packed[2], x, bits, width, chunks)),
+        to_floats(dot(packed[3], x, bits, width, chunks)),
+    )
+    return (
+        fma(products[0], spread(laid, 0, runs), sums[0]),
+        fma(products[1], spread(laid + _VECTOR, 0, runs), sums[1]),
+        fma(products[2], spread(laid + 2 * _VECTOR, 0, runs), sums[2]),
+        fma(products[3], spread(laid + 3 * _VECTOR, 0, runs), sums[3]),
+    )
 
 
 @cache
-def four_rows(bits: int, kind: int, run: int, scales: int, width: int) -> Any:
+def four_rows(bits: int, kind: int, run: int, sharing: int, width: int, together: int) -> Any:
     """Kernel over rows of the weight, four at a time, which share the loads of x.
 
-    x has a scale for each `run` of elements; the weight has `scales` of them in a step, or one for several steps.
+    x has a scale for each `run` of elements; `sharing` of them have one of the weight's in common, 0 if all have.
+    Rows of x are taken `together`, one or two, which share the unpacking of codes.
     """
-    step = step_codes(bits, run)
-    chunks = step // chunk_codes(bits)
-    packed_step, codes_step = step * bits // 8, step * width // 8
+    step, size = step_codes(bits, run), _SIZES[kind]
+    chunks, step_runs = step // chunk_codes(bits), step // run
+    packed_step, codes_step, vector_steps = step * bits // 8, step * width // 8, LANES // step_runs
+    several = LANES // sharing if sharing else 1
+    next_scales = several * size if sharing else 0
 
     @cfunc(KERNEL, cache=True, **COMPILED)
     def kernel(address, thread, first, last):
         job = job_at(address)
-        whole, left = job.in_features // step, job.in_features % step
-        valid = (left + job.group - 1) // job.group
-        at = (whole * scales >> job.group_shift) * job.scale_step
-        ahead = rows_ahead(job)
+        steps = (job.in_features + step - 1) // step
+        laid = job.scratch + thread * job.scratch_size
+        beside, ahead, bad = job.biases - job.scales, rows_ahead(job), zero()
         for n in range(first, last, 4):
-            n1, n2, n3 = min(n + 1, last - 1), min(n + 2, last - 1), min(n + 3, last - 1)
-            p0, p1, p2, p3 = row_of(job, n), row_of(job, n1), row_of(job, n2), row_of(job, n3)
-            s0, s1 = job.scales + n * job.scale_row, job.scales + n1 * job.scale_row
-            s2, s3 = job.scales + n2 * job.scale_row, job.scales + n3 * job.scale_row
-            for m in range(job.rows):
-                x, xs = job.codes + m * job.codes_row, job.code_scales + m * job.code_scales_row
-                t0, t1, t2, t3 = zero(), zero(), zero(), zero()
-                for i in range(whole):
-                    xi, pi, si = x + i * codes_step, i * packed_step, (i * scales >> job.group_shift) * job.scale_step
-                    xv = load(xs + i * (LANES * 4))
-                    if m == 0 and pi % LINE < packed_step:
-                        prefetch_rows(job, n + ahead, pi, si)
-                    a0 = times(to_floats(dot(p0 + pi, xi, bits, width, chunks)), xv)
-                    a1 = times(to_floats(dot(p1 + pi, xi, bits, width, chunks)), xv)
-                    a2 = times(to_floats(dot(p2 + pi, xi, bits, width, chunks)), xv)
-                    a3 = times(to_floats(dot(p3 + pi, xi, bits, width, chunks)), xv)
-                    t0, t1 = fma(a0, spread(s0 + si, kind, scales), t0), fma(a1, spread(s1 + si, kind, scales), t1)
-                    t2, t3 = fma(a2, spread(s2 + si, kind, scales), t2), fma(a3, spread(s3 + si, kind, scales), t3)
-                if left:
-                    xi, pi, xv = x + whole * codes_step, whole * packed_step, load(xs + whole * (LANES * 4))
-                    if m == 0:
-                        prefetch_rows(job, n + ahead, pi, si)
-                    a0 = times(to_floats(dot(p0 + pi, xi, bits, width, chunks)), xv)
-                    a1 = times(to_floats(dot(p1 + pi, xi, bits, width, chunks)), xv)
-                    a2 = times(to_floats(dot(p2 + pi, xi, bits, width, chunks)), xv)
-                    a3 = times(to_floats(dot(p3 + pi, xi, bits, width, chunks)), xv)
-                    t0 = fma(a0, spread_first(s0 + at, kind, scales, valid), t0)
-                    t1 = fma(a1, spread_first(s1 + at, kind, scales, valid), t1)
-                    t2 = fma(a2, spread_first(s2 + at, kind, scales, valid), t2)
-                    t3 = fma(a3, spread_first(s3 + at, kind, scales, valid), t3)
-                sums = job.sums + m * job.sums_row
-                out = floats_at(job.out + m * job.out_row, job.out_features)
-                y0, y1 = total(biased(job, n, sums, t0)), total(biased(job, n1, sums, t1))
-                y2, y3 = total(biased(job, n2, sums, t2)), total(biased(job, n3, sums, t3))
-                out[n], out[n1], out[n2], out[n3] = y0, y1, y2, y3
-                if y0 - y0 + y1 - y1 + y2 - y2 + y3 - y3 != 0:
-                    job.refused = 1  # not finite: floats must answer
+            packed, scales = rows_of(job, n, last), four(job.scales, job.scale_row, n, last)
+            for m in range(0, job.rows, together):
+                m1, near = min(m + 1, job.rows - 1), n + ahead if m == 0 else n
+                x, x1 = job.codes + m * job.codes_row, job.codes + m1 * job.codes_row
+                xs, xs1 = job.code_scales + m * job.code_scales_row, job.code_scales + m1 * job.code_scales_row
+                x_sums, x_sums1 = job.sums + m * job.sums_row, job.sums + m1 * job.sums_row
+                near_codes, near_scales = job.packed + near * job.packed_row, job.scales + near * job.scale_row
+                sums = sums1 = (zero(), zero(), zero(), zero())
+                for start in range(0, steps, vector_steps):
+                    vector = start // vector_steps
+                    at, left, xi = vector * next_scales, job.groups - vector * next_scales // size, vector * _VECTOR
+                    s = further(scales, at)
+                    b = further(s, beside)
+                    sums = _lay(laid, s, b, left, xs + xi, x_sums + xi, sums, kind, several)
+                    if together == 2:
+                        sums1 = _lay(laid + 4 * _VECTOR, s, b, left, xs1 + xi, x_sums1 + xi, sums1, kind, several)
+                    prefetch_lines(near_scales + 4 * at, 4 * next_scales)
+                    prefetch_lines(near_scales + beside + 4 * at, 4 * next_scales)
+                    for i in range(start, min(start + vector_steps, steps)):
+                        p, xi, li = further(packed, i * packed_step), i * codes_step, (i - start) * step_runs * 4
+                        prefetch_lines(near_codes + 4 * i * packed_step, 4 * packed_step)
+                        sums = _add(sums, p, x + xi, laid + li, bits, width, chunks, step_runs)
+                        if together == 2:
+                            li += 4 * _VECTOR
+                            sums1 = _add(sums1, p, x1 + xi, laid + li, bits, width, chunks, step_runs)
+                bad = minus(bad, _give(job, n, last, m, sums))
+                if together == 2:
+                    bad = minus(bad, _give(job, n, last, m1, sums1))
+        if total(bad) != 0:
+            job.refused = 1  # not finite: floats must answer
 
     return kernel

@@ -9,11 +9,12 @@ from functools import cache
 from typing import Any, Final
 
 import numpy as np
+from numba import literally
 
 from quantcore_backends.cpu_kernels.activations import step_codes
 from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
-from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, floats_at, job_at, row_of
-from quantcore_backends.cpu_kernels.kernels_int import LINE, prefetch_rows, rows_ahead
+from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, floats_at, job_at
+from quantcore_backends.cpu_kernels.kernels_int import four, further, prefetch_lines, rows_ahead, rows_of
 from quantcore_backends.cpu_kernels.simd import fma, load, splat, store, times, total, zero
 from quantcore_backends.cpu_kernels.simd_int import chunk_codes, dot, spread, spread_first, to_floats
 from quantcore_backends.cpu_kernels.simd_int24 import (
@@ -33,41 +34,28 @@ _FLUSH: Final = 4096
 _VECTOR: Final = 4 * LANES
 
 
-def _laying(kind: int) -> Any:
-    """Function that lays a row's scales of a kind beside its codes of 0 and its biases, raised by as much."""
-    size = (4, 2, 2)[kind]
-
-    @njit(**COMPILED)
-    def lay(scales, biases, groups, to, laid, top):
-        for g in range(0, groups, LANES):
-            left = groups - g
-            if left >= LANES:
-                s, b = spread(scales + g * size, kind, LANES), spread(biases + g * size, kind, LANES)
-            else:
-                s = spread_first(scales + g * size, kind, LANES, left)
-                b = spread_first(biases + g * size, kind, LANES, left)
-            origin = zero_codes(s, b, splat(top))
-            store(to + g * 4, s)
-            store(to + laid + g * 4, fma(origin, s, b))
-            store_integers(to + 2 * laid + g * 4, to_integers(origin))
-
-    return lay
-
-
-# A kernel that is cached on disk may close over numbers only: of functions, Numba sees no two that are the same.
-_lay_float32, _lay_float16, _lay_bfloat16 = _laying(0), _laying(1), _laying(2)
+@njit(forceinline=True, **COMPILED)
+def _lay_row(scales, biases, left, to, laid, top, kind):
+    """Lay a vector of a row's scales, `left` of them, beside its codes of 0 and its biases, raised by as much."""
+    kind = literally(kind)
+    s, b = spread_first(scales, kind, LANES, left), spread_first(biases, kind, LANES, left)
+    origin = zero_codes(s, b, splat(top))
+    store(to, s)
+    store(to + laid, fma(origin, s, b))
+    store_integers(to + 2 * laid, to_integers(origin))
 
 
 @njit(**COMPILED)
-def lay_row(job, n, to, laid, top):
-    """Lay a row's scales, its raised biases, and its codes of 0."""
-    scales, biases = job.scales + n * job.scale_row, job.biases + n * job.scale_row
-    if job.kind == 0:
-        _lay_float32(scales, biases, job.groups, to, laid, top)
-    elif job.kind == 1:
-        _lay_float16(scales, biases, job.groups, to, laid, top)
-    else:
-        _lay_bfloat16(scales, biases, job.groups, to, laid, top)
+def _lay(scales, beside, groups, to, laid, top, kind, size):
+    """Lay four rows' scales of a kind, its raised biases, and its codes of 0."""
+    kind, size = literally(kind), literally(size)
+    for g in range(0, groups, LANES):
+        s, left = further(scales, g * size), groups - g
+        b = further(s, beside)
+        _lay_row(s[0], b[0], left, to + g * 4, laid, top, kind)
+        _lay_row(s[1], b[1], left, to + g * 4 + 3 * laid, laid, top, kind)
+        _lay_row(s[2], b[2], left, to + g * 4 + 6 * laid, laid, top, kind)
+        _lay_row(s[3], b[3], left, to + g * 4 + 9 * laid, laid, top, kind)
 
 
 @cache
@@ -78,6 +66,7 @@ def four_rows(bits: int, run: int, scales: int) -> Any:
     """
     step = step_codes(bits, run)
     chunks, top = step // chunk_codes(bits), np.float32((1 << bits) - 1)
+    step_runs = step // run
     packed_step, codes_step, flush = step * bits // 8, step * _WIDTH // 8, max(1, _FLUSH // step)
 
     @cfunc(KERNEL, cache=True, **COMPILED)
@@ -89,25 +78,31 @@ def four_rows(bits: int, run: int, scales: int) -> Any:
         s1, s2, s3 = s0 + 3 * laid, s0 + 6 * laid, s0 + 9 * laid
         r0, r1, r2, r3 = s0 + laid, s1 + laid, s2 + laid, s3 + laid
         z0, z1, z2, z3 = r0 + laid, r1 + laid, r2 + laid, r3 + laid
-        ahead = rows_ahead(job)
+        beside, ahead = job.biases - job.scales, rows_ahead(job)
         for n in range(first, last, 4):
-            n1, n2, n3 = min(n + 1, last - 1), min(n + 2, last - 1), min(n + 3, last - 1)
-            p0, p1, p2, p3 = row_of(job, n), row_of(job, n1), row_of(job, n2), row_of(job, n3)
-            lay_row(job, n, s0, laid, top)
-            lay_row(job, n1, s1, laid, top)
-            lay_row(job, n2, s2, laid, top)
-            lay_row(job, n3, s3, laid, top)
+            p0, p1, p2, p3 = rows_of(job, n, last)
+            beginnings = four(job.scales, job.scale_row, n, last)
+            if job.kind == 0:
+                _lay(beginnings, beside, job.groups, s0, laid, top, 0, 4)
+            elif job.kind == 1:
+                _lay(beginnings, beside, job.groups, s0, laid, top, 1, 2)
+            else:
+                _lay(beginnings, beside, job.groups, s0, laid, top, 2, 2)
             for m in range(job.rows):
                 x, xs = job.codes + m * job.codes_row, job.code_scales + m * job.code_scales_row
                 sums = job.sums + m * job.sums_row
+                near = n + ahead if m == 0 else n
+                near_codes, near_scales = job.packed + near * job.packed_row, job.scales + near * job.scale_row
                 d0 = d1 = d2 = d3 = 0.0
                 for start in range(0, steps, flush):
                     t0, t1, t2, t3 = zero(), zero(), zero(), zero()
                     for i in range(start, min(start + flush, steps)):
                         xi, pi, g = x + i * codes_step, i * packed_step, (i * scales >> job.group_shift) * 4
-                        xv, xi_sum = load(xs + i * _VECTOR), spread_integers(sums + i * _VECTOR, LANES)
-                        if m == 0 and pi % LINE < packed_step:
-                            prefetch_rows(job, n + ahead, pi, g // 4 * job.scale_step)
+                        xv = spread(xs + i * (step_runs * 4), 0, step_runs)
+                        xi_sum = spread_integers(sums + i * _VECTOR, LANES)
+                        prefetch_lines(near_codes + 4 * pi, 4 * packed_step)
+                        prefetch_lines(near_scales + g * job.scale_step, 1)
+                        prefetch_lines(near_scales + beside + g * job.scale_step, 1)
                         c0 = dot(p0 + pi, xi, bits, _WIDTH, chunks)
                         c1 = dot(p1 + pi, xi, bits, _WIDTH, chunks)
                         c2 = dot(p2 + pi, xi, bits, _WIDTH, chunks)
@@ -129,9 +124,9 @@ def four_rows(bits: int, run: int, scales: int) -> Any:
                     t2, t3 = fma(load(r2 + g), xsum, t2), fma(load(r3 + g), xsum, t3)
                 d0, d1, d2, d3 = d0 + total(t0), d1 + total(t1), d2 + total(t2), d3 + total(t3)
                 out = floats_at(job.out + m * job.out_row, job.out_features)
-                y0, y1, y2, y3 = np.float32(d0), np.float32(d1), np.float32(d2), np.float32(d3)
-                out[n], out[n1], out[n2], out[n3] = y0, y1, y2, y3
-                if y0 - y0 + y1 - y1 + y2 - y2 + y3 - y3 != 0:
+                n1, n2, n3 = min(n + 1, last - 1), min(n + 2, last - 1), min(n + 3, last - 1)
+                out[n], out[n1], out[n2], out[n3] = d0, d1, d2, d3
+                if (out[n] - out[n]) + (out[n1] - out[n1]) + (out[n2] - out[n2]) + (out[n3] - out[n3]) != 0:
                     job.refused = 1  # not finite: floats must answer
 
     return kernel

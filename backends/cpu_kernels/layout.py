@@ -16,6 +16,7 @@ __all__ = [
     "of_tiles",
     "places",
     "plan",
+    "together",
     "turns",
 ]
 
@@ -60,14 +61,22 @@ def bound(outputs: int, width: int) -> int:
     return int((1e6 if width == 24 else 1e10 if width == 16 else 1e14) / spread)
 
 
+def together(rows: int, few: int) -> int:
+    """How many rows of x the kernels for `rows` of them take at a time: two or one of up to `few`; 0 means tiles."""
+    if rows > few:
+        return 0
+    return 1 if rows % 2 else 2
+
+
 def of_few_rows(
-    columns: int, groups: int, bits: int, group: int, step: int, lanes: int, width: int
+    columns: int, groups: int, bits: int, group: int, run: int, step: int, lanes: int, width: int
 ) -> tuple[int, int, int, int, int, int, int]:
     """What the kernels of few rows read and write, beginning with `group_shift`.
 
     Then bytes of a packed row, of a row of x's codes, of its scales and of its sums; `tile_words`, which is 0; and
-    bytes of scratch memory for each thread: with 24 bits, of each of four rows its scales, its raised biases and its
-    codes of 0, each in whole vectors, and one to read past.
+    bytes of scratch memory for each thread: for each of two rows of x a vector of scales of each of four rows; with 24
+    bits, of each of four rows its scales, its raised biases and its codes of 0, each in whole vectors, and one to read
+    past.
 
     Parameters
     ----------
@@ -75,6 +84,8 @@ def of_few_rows(
         Of a row of the weight.
     bits, group : int
         Of the scheme; 0 where the row is one group.
+    run : int
+        Elements of x that share a scale.
     step, lanes, width : int
         Of the kernel: codes at a time, lanes of a vector, bits of an integer of x.
     """
@@ -82,16 +93,16 @@ def of_few_rows(
     shift = 0
     while step << (shift + 1) <= group:
         shift += 1
-    spread = codes // step * lanes * 4
+    of_runs, of_groups = codes // run * 4 + 63 & -64, groups * 4 + 63 & -64
     wide = width == 24
     return (
         shift,
         codes * bits // 8,
         codes * width // 8,
-        spread,
-        spread + (groups * 4 + 63 & -64) if wide else groups * 4,
+        of_runs,
+        codes // step * lanes * 4 + of_groups if wide else of_runs,
         0,
-        12 * ((-(-groups // lanes) + 1) * lanes * 4) if wide else 0,
+        12 * ((-(-groups // lanes) + 1) * lanes * 4) if wide else 2 * 4 * lanes * 4,
     )
 
 

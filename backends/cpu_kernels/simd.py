@@ -46,8 +46,10 @@ __all__ = [
     "smaller",
     "splat",
     "store",
+    "store_four",
     "times",
     "total",
+    "totals",
     "whole_words",
     "zero",
 ]
@@ -82,6 +84,22 @@ def store(typing: Any, address: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.intp, floats), generate
+
+
+@intrinsic
+def store_four(typing: Any, address: Any, value: Any, count: Any) -> Any:
+    """The first four lanes to memory, or the first `count` of these."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        four = shuffled(builder, args[1], [0, 1, 2, 3])
+        there = builder.icmp_signed("<", constant([0, 1, 2, 3]), repeat(builder, builder.trunc(args[2], DWORD), 4))
+        pointer = builder.inttoptr(args[0], four.type.as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [four.type, pointer.type, DWORD, there.type])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.masked.store.v4f32.p0")
+        builder.call(function, [four, pointer, ir.Constant(DWORD, 4), there])
+        return context.get_dummy_value()
+
+    return types.void(types.intp, floats, types.intp), generate
 
 
 @intrinsic
@@ -125,6 +143,27 @@ def total(typing: Any, vector: Any) -> Any:
         return builder.call(add, [ir.Constant(FLOAT, 0.0), args[0]], fastmath=("reassoc",))
 
     return types.float32(floats), generate
+
+
+@intrinsic
+def totals(typing: Any, first: Any, second: Any, third: Any, fourth: Any) -> Any:
+    """Sums of the lanes of four vectors, in the first four lanes."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        def pairs(x: Any, y: Any, size: int) -> Any:
+            """In turn `size` lanes of x and of y, each the sum of two such blocks that follow one another."""
+            low = [lane + LANES - size if lane & size else lane for lane in range(LANES)]
+            both = [builder.shuffle_vector(x, y, constant([lane + more for lane in low])) for more in (0, size)]
+            return builder.fadd(*both)
+
+        four = pairs(pairs(args[0], args[1], 1), pairs(args[2], args[3], 1), 2)
+        size = LANES
+        while size > 4:
+            size //= 2
+            four = builder.fadd(four, shuffled(builder, four, [(lane + size) % LANES for lane in range(LANES)]))
+        return four
+
+    return floats(floats, floats, floats, floats), generate
 
 
 @intrinsic
@@ -233,10 +272,13 @@ def float_at(typing: Any, address: Any) -> Any:
 
 @intrinsic
 def prefetch(typing: Any, address: Any) -> Any:
-    """Begin to bring a cache line near. The address may be anything."""
+    """Begin to bring a cache line near, but not nearest: fewer are on the way there at a time.
+
+    The address may be anything.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        prefetched(builder, args[0], 3)
+        prefetched(builder, args[0], 2)
         return context.get_dummy_value()
 
     return types.void(types.intp), generate

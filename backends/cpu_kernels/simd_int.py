@@ -291,8 +291,8 @@ def spread_first(typing: Any, address: Any, kind: Any, count: Any, first: Any) -
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         several = ir.VectorType((FLOAT, SHORT, SHORT)[chosen], number)
-        places = ir.Constant(ir.VectorType(QWORD, number), list(range(number)))
-        there = builder.icmp_signed("<", places, repeat(builder, args[3], number))
+        wanted = repeat(builder, builder.trunc(args[3], DWORD), number)
+        there = builder.icmp_signed("<", constant(list(range(number))), wanted)
         name = f"llvm.masked.load.v{number}{('f32', 'i16', 'i16')[chosen]}.p0"
         pointer = builder.inttoptr(args[0], several.as_pointer())
         found = called(builder, name, several, [pointer, ir.Constant(DWORD, 1), there, ir.Constant(several, None)])

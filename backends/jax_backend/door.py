@@ -85,5 +85,5 @@ def load(scheme: Scheme | str, dtype: Any = "float32") -> None:
         targets.load(operation, scheme.bits, kind)
     if integer.serves(scheme):
         for width in integer.WIDTHS.values():
-            for many in (False, True):
-                targets.load_rounded(scheme, kind, width, many)
+            for together in range(3):
+                targets.load_rounded(scheme, kind, width, together)

@@ -19,7 +19,7 @@ from quantcore_backends.cpu_kernels import integer
 
 Array = np.ndarray[Any, Any]
 BOUND = {24: 1e-12, 16: 1e-8, 8: 1e-4}
-SCHEMES = [s for bits in BITS for group in (16, 64, None) if integer.serves(s := Scheme("affine", bits, group))]
+SCHEMES = [s for bits in BITS for group in (16, 64, 256, None) if integer.serves(s := Scheme("affine", bits, group))]
 
 
 def weight(rows: int, columns: int, scheme: Scheme, dtype: Any = np.float32) -> qc.QuantizedTensor:
@@ -52,7 +52,7 @@ def widths(scheme: Scheme) -> tuple[int, ...]:
 def test_error_is_within_the_bound(scheme: Scheme) -> None:
     for rows, columns in ((1, 16), (6, 264), (35, 1031), (129, 72)):
         qw = weight(rows, columns, scheme)
-        for rows_of_x in (1, 3, 5, 10):
+        for rows_of_x in (1, 2, 3, 5, 10):
             x = np.random.default_rng(rows_of_x).standard_normal((rows_of_x, columns)).astype(np.float32) + 1
             for width in widths(scheme):
                 result = product(x, operand(qw), width)
@@ -146,6 +146,18 @@ def test_values_that_are_not_finite_are_refused(value: float, rows_of_x: int) ->
             np.testing.assert_array_equal(finite, np.isfinite(x @ qw.dequantize().T))
 
 
+@pytest.mark.parametrize("exponent", [-125, -110, 60, 100])
+def test_weights_that_are_tiny_or_huge(exponent: int) -> None:
+    qw = weight(129, 512, Scheme("affine", 4, 64))
+    scales, biases = qw.scales * np.float32(2.0**exponent), qw.biases * np.float32(2.0**exponent)
+    changed = qc.quantized_tensor(qw.packed, scales, biases, qw.shape, qw.scheme)
+    for rows_of_x, width in itertools.product((1, 2, 6), widths(qw.scheme)):
+        x = np.random.default_rng(0).standard_normal((rows_of_x, 512)).astype(np.float32)
+        result = product(x, operand(changed), width)
+        assert result is not None
+        assert error(result, x, changed) <= BOUND[width]
+
+
 def test_scales_that_are_not_finite_are_refused() -> None:
     qw = weight(9, 512, Scheme("affine", 4, 64))
     scales = qw.scales.copy()
@@ -231,7 +243,7 @@ for bits, group in ((1, 32), (2, 64), (3, 16), (4, 64), (5, 128), (8, 32)):
     rng = np.random.default_rng(bits)
     qw = qc.quantize(rng.standard_normal((19, 328)).astype(np.float32), bits=bits, group_size=group, pad=True)
     exact = oracle.exact_weight(qw.packed, qw.scales, qw.biases, qw.scheme, 328)
-    for rows in (1, 6):
+    for rows in (1, 2, 6):
         x = rng.standard_normal((rows, 328)).astype(np.float32)
         truth = oracle.product(x, exact)
         for precision, bound in (("highest", 1e-12), ("default", 1e-8), ("fast", 1e-4)):

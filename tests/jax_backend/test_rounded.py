@@ -233,8 +233,8 @@ def test_a_rounded_product_that_does_not_fit_gives_an_error_of_xlas() -> None:
     qw = weight((24, 128), "affine-int4-g64")[0].to("jax")
     leaves = tuple(leaf[None] for leaf in qw.flatten()[0])
     which = jnp.zeros(1, jnp.int32)
-    for width, many in ((8, False), (24, False), (16, True)):
-        targets.load_rounded(qw.scheme, 0, width, many)
+    for width, together in ((8, 2), (24, 1), (16, 0)):
+        targets.load_rounded(qw.scheme, 0, width, together)
     good = targets._spec("few_rows", qw.scheme, 128, "float32", 16)
     x = jnp.ones((1, 2, 128))
 

@@ -42,7 +42,7 @@ __all__ = [
 
 OPTIONS: Final[dict[str, Any]] = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
 
-TABLE: Final = (ctypes.c_int64 * 2560)()
+TABLE: Final = (ctypes.c_int64 * 3328)()
 """Version of XLA's interface (two integers); most threads; the pool's task; the rounded products' task.
 
 From `FIRST_BODY` on: bodies of kernels. From `FIRST_ROUNDED` on: rounder, kernel and a number for integer activations.
@@ -50,7 +50,7 @@ From `FIRST_BODY` on: bodies of kernels. From `FIRST_ROUNDED` on: rounder, kerne
 FIRST_BODY: Final = 16
 FIRST_ROUNDED: Final = 256
 
-_LAST_RESORT: Final = 8 * 2552  # in the table: where an error is put together if there is no memory
+_LAST_RESORT: Final = 8 * 3320  # in the table: where an error is put together if there is no memory
 _SYMBOL: Final = "quantcore_xla_table"
 llvm.add_symbol(_SYMBOL, ctypes.addressof(TABLE))
 

@@ -36,27 +36,29 @@ _of_few_rows = njit(**OPTIONS)(layout.of_few_rows)
 _of_tiles = njit(**OPTIONS)(layout.of_tiles)
 _places = njit(**OPTIONS)(layout.places)
 _plan = njit(**OPTIONS)(layout.plan)
+_together = njit(**OPTIONS)(layout.together)
 _turns = njit(**OPTIONS)(layout.turns)
 
 
 @njit(**OPTIONS)
-def _entry(bits, group, kind, width, many):
-    """Where in the table kernels stand for few or many rows of x: rounder, kernel, codes at a time or rows of a block.
+def _entry(bits, group, kind, width, together):
+    """Where in the table kernels stand: rounder, kernel, and codes at a time or rows of a block.
 
-    Of 24 bits there are none in tiles.
+    Of 24 bits there is one; of others for one row of x at a time, for tiles, and for two rows.
     """
     number = 0
     while group >> (4 + number):
         number += 1
     scheme = (number * 8 + bits - 1) * 3 + kind
-    return FIRST_ROUNDED + 3 * (scheme * 5 + width // 8 - 1 + (3 if many and width < 24 else 0))
+    others = 0 if width == 24 or together == 1 else 3 if together == 0 else 5
+    return FIRST_ROUNDED + 3 * (scheme * 7 + width // 8 - 1 + others)
 
 
 @njit(**OPTIONS)
 def _kernels(spec, rows_of_x, width):
     """Address of what the table has for so many rows of x."""
     bits, group, kind = load64(spec + _BITS), load64(spec + _GROUP), load64(spec + _KIND)
-    return table() + 8 * _entry(bits, group, kind, width, rows_of_x > _FEW_ROWS)
+    return table() + 8 * _entry(bits, group, kind, width, _together(rows_of_x, _FEW_ROWS))
 
 
 @njit(**OPTIONS)
@@ -109,7 +111,7 @@ def multiply(frame, spec, block, product, products, row, count, width, served):
         height = number
         sizes = _of_tiles(count, columns, groups, bits, run, LANES, width, height)
     else:
-        sizes = _of_few_rows(columns, groups, bits, group, number, LANES, width)
+        sizes = _of_few_rows(columns, groups, bits, group, run, number, LANES, width)
     shift, reads, codes, scales, sums, words, scratch = sizes
     of_weight = (rows, columns, packed_row // 4, groups, packed_row, scale_row, kind, bits, group)
     plan = _plan(*of_weight, run, shift, reads, codes, scales, sums, words, scratch, _bound(rows, width))
@@ -140,9 +142,12 @@ def multiply(frame, spec, block, product, products, row, count, width, served):
     return done
 
 
-def load(scheme: Scheme, kind: int, width: int, many: bool) -> None:
-    """Compile the kernels of a scheme, or read them from the cache, and put them into the table."""
-    tiled = many and width < 24
-    found = integer.tile_kernels(scheme, width) if tiled else integer.row_kernels(scheme, kind, width)
-    place = _entry.py_func(scheme.bits, scheme.group_size or 0, kind, width, many)
+def load(scheme: Scheme, kind: int, width: int, together: int) -> None:
+    """Compile the kernels of a scheme, or read them from the cache, and put them into the table.
+
+    `together` is as of :func:`layout.together`.
+    """
+    tiled = width < 24 and not together
+    found = integer.tile_kernels(scheme, width) if tiled else integer.row_kernels(scheme, kind, width, together)
+    place = _entry.py_func(scheme.bits, scheme.group_size or 0, kind, width, together)
     TABLE[place + 2], TABLE[place + 1], TABLE[place] = found[2], found.kernel.address, found.rounder.address

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quantcore_backends.cpu_kernels import compiled, integer
+from quantcore_backends.cpu_kernels import compiled, integer, layout
 from quantcore_backends.cpu_kernels.threads import thread_count
 from quantcore_backends.jax_backend.ffi import abi
 
@@ -63,7 +63,7 @@ def product(
     operation = "along_rows" if along_rows else "one_row" if count == 1 else "few_rows"
     spec = _spec(operation, scheme, columns, scales.dtype.name, width or 0)
     if width:
-        load_rounded(scheme, KINDS[scales.dtype.name], width, count > integer.FEW_ROWS)
+        load_rounded(scheme, KINDS[scales.dtype.name], width, layout.together(count, integer.FEW_ROWS))
     turned = not (along_rows or width)
     shape = (products, count, columns if along_rows else packed.shape[1])
     if turned:
@@ -117,14 +117,17 @@ def load(operation: str, bits: int, kind: int) -> int:
 
 
 @cache
-def load_rounded(scheme: Any, kind: int, width: int, many: bool) -> None:
-    """Likewise the kernels for few or many rows of x rounded to integers, of those widths that are worth it here."""
+def load_rounded(scheme: Any, kind: int, width: int, together: int) -> None:
+    """Likewise the kernels for rows of x rounded to integers, of those widths that are worth it here.
+
+    `together` is as of :func:`layout.together`.
+    """
     from quantcore_backends.jax_backend.ffi import jobs
 
     with _lock:
         _register()
         for tried in integer.widths(scheme, width):
-            jobs.load(scheme, kind, tried, many)
+            jobs.load(scheme, kind, tried, together)
 
 
 @cache
