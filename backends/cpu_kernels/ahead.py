@@ -1,4 +1,4 @@
-"""Weights brought near before they are asked for.
+"""Weights brought near before they are asked for: the rest of one that is multiplied, and those that come after it.
 
 A model multiplies by its weights in the same order again and again, and between two products memory has nothing to do.
 So each weight has a slot in a table, which says where it lies and which weight came after it, the last two times. A
@@ -15,10 +15,13 @@ from quantcore_backends.cpu_kernels.atomics import load_word, store_word
 from quantcore_backends.cpu_kernels.disk_cache import njit
 from quantcore_backends.cpu_kernels.simd import prefetch
 
-__all__ = ["bring_near", "go_on", "learn", "slot_of"]
+__all__ = ["bring_near", "go_on", "learn", "prefetch_lines", "rows_ahead", "slot_of"]
 
 _OPTIONS: Final[dict[str, Any]] = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
+_INLINED: Final[dict[str, Any]] = {"nogil": True, "boundscheck": False, "error_model": "numpy", "forceinline": True}
 _LINE: Final = 64
+_STREAM: Final = 32768
+"""Bytes of a weight, at least, between what few rows of x are multiplied by and what is prefetched."""
 _BYTES: Final = 4096
 _MOST_AHEAD: Final = 1 << 20
 """Bytes brought near before they are needed: of more, a core's own cache would lose the first."""
@@ -32,6 +35,24 @@ _numbers: Final = itertools.count()
 _said: Final[list[tuple[int, ...]]] = [()] * _SLOTS
 _given: Final[dict[tuple[int, ...], int]] = {}
 """Addresses of slots by what is said in them."""
+
+
+@njit(**_INLINED)
+def prefetch_lines(address, size):
+    """Begin to bring `size` bytes near.
+
+    What several rows of a weight need is best prefetched as if it were one row: the hardware then sees one stream
+    through the weight, and keeps more lines under way than are asked for here.
+    """
+    for line in range(0, size, _LINE):
+        prefetch(address + line)
+
+
+@njit(**_INLINED)
+def rows_ahead(job):
+    """How many rows lie, in whole blocks of four, between those that are multiplied and those that are prefetched."""
+    four = 4 * job.packed_row
+    return 4 * max(1, (_STREAM + four - 1) // four)
 
 
 def slot_of(packed: int, packed_bytes: int, scales: int, biases: int, scale_bytes: int) -> int:
@@ -74,8 +95,7 @@ def _prefetch_piece(weight, piece):
         start, size, piece = load_word(weight + _BIASES), scale_size, piece - of_codes - of_scales
     else:
         return False
-    for at in range(piece * _BYTES, min(size, (piece + 1) * _BYTES), _LINE):
-        prefetch(start + at)
+    prefetch_lines(start + piece * _BYTES, min(size - piece * _BYTES, _BYTES))
     return True
 
 

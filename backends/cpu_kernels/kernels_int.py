@@ -12,13 +12,13 @@ from typing import Any, Final
 from numba import literally
 
 from quantcore_backends.cpu_kernels.activations import RAISED, step_codes
+from quantcore_backends.cpu_kernels.ahead import prefetch_lines, rows_ahead
 from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
 from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, job_at, row_of
 from quantcore_backends.cpu_kernels.simd import (
     fma,
     load,
     minus,
-    prefetch,
     splat,
     store,
     store_four,
@@ -30,34 +30,12 @@ from quantcore_backends.cpu_kernels.simd import (
 from quantcore_backends.cpu_kernels.simd_int import chunk_codes, dot, spread, spread_first, to_floats
 from quantcore_backends.cpu_kernels.vectors import LANES
 
-__all__ = ["four", "four_rows", "further", "prefetch_lines", "rows_ahead", "rows_of"]
+__all__ = ["four", "four_rows", "further", "rows_of"]
 
-
-_AHEAD: Final = 32768
-"""Bytes of the weight, at least, between what is multiplied and what is prefetched."""
-_LINE: Final = 64
 _VECTOR: Final = 4 * LANES
 _LOWERED: Final = 1 / RAISED
 _SIZES: Final = (4, 2, 2)
 """Bytes of a scale of each kind."""
-
-
-@njit(**COMPILED)
-def rows_ahead(job):
-    """How many rows lie, in whole blocks of four, between those that are multiplied and those that are prefetched."""
-    four = 4 * job.packed_row
-    return 4 * max(1, (_AHEAD + four - 1) // four)
-
-
-@njit(forceinline=True, **COMPILED)
-def prefetch_lines(address, size):
-    """Begin to bring `size` bytes near.
-
-    What four rows need is prefetched as if it were one row: the hardware then sees one stream through the weight, and
-    keeps more lines under way than are asked for here.
-    """
-    for line in range(0, size, _LINE):
-        prefetch(address + line)
 
 
 @njit(forceinline=True, **COMPILED)

@@ -11,6 +11,7 @@ The shape of the blocks follows Goto & van de Geijn, "Anatomy of high-performanc
 from functools import cache
 from typing import Any, Final
 
+from quantcore_backends.cpu_kernels.ahead import prefetch_lines
 from quantcore_backends.cpu_kernels.disk_cache import cfunc
 from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, addresses_at, floats_at, job_at, row_of
 from quantcore_backends.cpu_kernels.laying import give, held_bits, lay_scales
@@ -59,6 +60,8 @@ def tiles(bits: int, run: int, width: int, height: int) -> Any:
                     to = tile + (word * OUTPUTS + v * LANES) * 4
                     side_by_side(addresses, word * 4, to, OUTPUTS * 4)
             lay_scales(job, n, VECTORS, 0, job.groups, scales, addresses)
+            prefetch_lines(job.scales + (n + OUTPUTS) * job.scale_row, OUTPUTS * job.scale_row)
+            prefetch_lines(job.biases + (n + OUTPUTS) * job.scale_row, OUTPUTS * job.scale_row)
             blank = floats_at(sums, (job.rows + 3) // 4 * 4 * OUTPUTS)
             blank[:] = 0
             for m in range(0, job.rows, height):

@@ -38,7 +38,7 @@ SPILL = 4096
 """Bytes through which sums go from the units to vectors: those of two runs, of two layers each."""
 CONFIGURATION = 64
 """Bytes that say how large the units' registers are."""
-_ROUNDED_TOGETHER = 16
+_ROUNDED_TOGETHER = 8
 """Rows of x from which threads share in rounding them."""
 
 
@@ -174,7 +174,7 @@ def turns(rows: int, outputs: int, height: int, lanes: int, threads: int) -> tup
     threads : int
     """
     unit = max(4, height // 2)
-    rounded = max(height, unit, rows // (4 * threads) // unit * unit) if rows >= _ROUNDED_TOGETHER else rows
+    rounded = max(unit, rows // (4 * threads) // unit * unit) if rows >= _ROUNDED_TOGETHER else rows
     if height == 0:
         return rounded, outputs, max(16, outputs // (8 * threads) // 4 * 4)
     tiles = -(-outputs // (lanes if height == MATRIX_HEIGHT else VECTORS * lanes))
