@@ -8,6 +8,7 @@ import numpy as np
 from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
 from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, bytes_at, floats_at, job_at, words_at
 from quantcore_backends.cpu_kernels.simd import LANES, greatest, larger, least, load, scale_at, smaller, splat
+from quantcore_backends.cpu_kernels.vectors import SCALE_BYTES
 
 __all__ = ["encoder"]
 
@@ -90,7 +91,7 @@ def encoder(bits: int, kind: int) -> Any:
     The rule is that of MLX 0.32's CPU kernel: see :func:`quantcore.quantize`.
     """
     top = np.float32((1 << bits) - 1)
-    size = (4, 2, 2)[kind]
+    size = SCALE_BYTES[kind]
     # Eight codes fill a word, and LLVM joins several at once; in other widths words of 64 bits overlap.
     word = {2: np.uint16, 4: np.uint32}.get(bits, np.uint64)
     fills = bits in (2, 4, 8)

@@ -28,28 +28,31 @@ from quantcore_backends.cpu_kernels.simd import (
     zero,
 )
 from quantcore_backends.cpu_kernels.simd_int import chunk_codes, dot, spread, spread_first, to_floats
-from quantcore_backends.cpu_kernels.vectors import LANES
+from quantcore_backends.cpu_kernels.vectors import LANES, SCALE_BYTES
 
-__all__ = ["four", "four_rows", "further", "rows_of"]
+__all__ = ["four", "four_rows", "further", "rows_of", "scales_of"]
 
 _VECTOR: Final = 4 * LANES
 _LOWERED: Final = 1 / RAISED
-_SIZES: Final = (4, 2, 2)
-"""Bytes of a scale of each kind."""
 
 
 @njit(forceinline=True, **COMPILED)
-def four(address, stride, n, last):
-    """Addresses of four rows from `n` on, or of the one before `last` in place of those that don't exist."""
-    n1, n2, n3 = min(n + 1, last - 1), min(n + 2, last - 1), min(n + 3, last - 1)
-    return address + n * stride, address + n1 * stride, address + n2 * stride, address + n3 * stride
+def four(n, last):
+    """Numbers of four rows from `n` on, the one before `last` in place of those that don't exist."""
+    return n, min(n + 1, last - 1), min(n + 2, last - 1), min(n + 3, last - 1)
 
 
 @njit(forceinline=True, **COMPILED)
-def rows_of(job, n, last):
-    """Addresses of four packed rows, as of :func:`four`."""
-    n1, n2, n3 = min(n + 1, last - 1), min(n + 2, last - 1), min(n + 3, last - 1)
-    return row_of(job, n), row_of(job, n1), row_of(job, n2), row_of(job, n3)
+def rows_of(job, n):
+    """Addresses of four packed rows, by their numbers."""
+    return row_of(job, n[0]), row_of(job, n[1]), row_of(job, n[2]), row_of(job, n[3])
+
+
+@njit(forceinline=True, **COMPILED)
+def scales_of(job, n):
+    """Addresses of four rows' scales, by their numbers."""
+    scales, row = job.scales, job.scale_row
+    return scales + n[0] * row, scales + n[1] * row, scales + n[2] * row, scales + n[3] * row
 
 
 @njit(forceinline=True, **COMPILED)
@@ -109,7 +112,7 @@ def four_rows(bits: int, kind: int, run: int, sharing: int, width: int, together
     x has a scale for each `run` of elements; `sharing` of them have one of the weight's in common, 0 if all have.
     Rows of x are taken `together`, one or two, which share the unpacking of codes.
     """
-    step, size = step_codes(bits, run), _SIZES[kind]
+    step, size = step_codes(bits, run), SCALE_BYTES[kind]
     chunks, step_runs = step // chunk_codes(bits), step // run
     packed_step, codes_step, vector_steps = step * bits // 8, step * width // 8, LANES // step_runs
     several = LANES // sharing if sharing else 1
@@ -122,7 +125,8 @@ def four_rows(bits: int, kind: int, run: int, sharing: int, width: int, together
         laid = job.scratch + thread * job.scratch_size
         beside, ahead, bad = job.biases - job.scales, rows_ahead(job), zero()
         for n in range(first, last, 4):
-            packed, scales = rows_of(job, n, last), four(job.scales, job.scale_row, n, last)
+            numbers = four(n, last)
+            packed, scales = rows_of(job, numbers), scales_of(job, numbers)
             for m in range(0, job.rows, together):
                 m1, near = min(m + 1, job.rows - 1), n + ahead if m == 0 else n
                 x, x1 = job.codes + m * job.codes_row, job.codes + m1 * job.codes_row

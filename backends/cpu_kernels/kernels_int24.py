@@ -15,7 +15,7 @@ from quantcore_backends.cpu_kernels.activations import step_codes
 from quantcore_backends.cpu_kernels.ahead import prefetch_lines, rows_ahead
 from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
 from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, floats_at, job_at
-from quantcore_backends.cpu_kernels.kernels_int import four, further, rows_of
+from quantcore_backends.cpu_kernels.kernels_int import four, further, rows_of, scales_of
 from quantcore_backends.cpu_kernels.simd import fma, load, splat, store, times, total, zero
 from quantcore_backends.cpu_kernels.simd_int import chunk_codes, dot, spread, spread_first, to_floats
 from quantcore_backends.cpu_kernels.simd_int24 import (
@@ -81,8 +81,9 @@ def four_rows(bits: int, run: int, scales: int) -> Any:
         z0, z1, z2, z3 = r0 + laid, r1 + laid, r2 + laid, r3 + laid
         beside, ahead = job.biases - job.scales, rows_ahead(job)
         for n in range(first, last, 4):
-            p0, p1, p2, p3 = rows_of(job, n, last)
-            beginnings = four(job.scales, job.scale_row, n, last)
+            numbers = four(n, last)
+            p0, p1, p2, p3 = rows_of(job, numbers)
+            beginnings = scales_of(job, numbers)
             if job.kind == 0:
                 _lay(beginnings, beside, job.groups, s0, laid, top, 0, 4)
             elif job.kind == 1:
@@ -125,7 +126,7 @@ def four_rows(bits: int, run: int, scales: int) -> Any:
                     t2, t3 = fma(load(r2 + g), xsum, t2), fma(load(r3 + g), xsum, t3)
                 d0, d1, d2, d3 = d0 + total(t0), d1 + total(t1), d2 + total(t2), d3 + total(t3)
                 out = floats_at(job.out + m * job.out_row, job.out_features)
-                n1, n2, n3 = min(n + 1, last - 1), min(n + 2, last - 1), min(n + 3, last - 1)
+                _, n1, n2, n3 = numbers
                 out[n], out[n1], out[n2], out[n3] = d0, d1, d2, d3
                 if (out[n] - out[n]) + (out[n1] - out[n1]) + (out[n2] - out[n2]) + (out[n3] - out[n3]) != 0:
                     job.refused = 1  # not finite: floats must answer

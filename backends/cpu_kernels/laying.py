@@ -8,7 +8,7 @@ from quantcore_backends.cpu_kernels.disk_cache import njit
 from quantcore_backends.cpu_kernels.job import COMPILED, addresses_at, floats_at, integers_at
 from quantcore_backends.cpu_kernels.simd import load, scale_at, store
 from quantcore_backends.cpu_kernels.tiles import side_by_side
-from quantcore_backends.cpu_kernels.vectors import LANES
+from quantcore_backends.cpu_kernels.vectors import LANES, SCALE_BYTES
 
 __all__ = ["give", "held_bits", "lay_scales"]
 
@@ -23,7 +23,7 @@ def held_bits(bits: int) -> int:
 
 def _copies(kind: int) -> Any:
     """Function that copies a row's scales and biases of a kind into a column of a tile's."""
-    size = (4, 2, 2)[kind]
+    size = SCALE_BYTES[kind]
 
     @njit(**COMPILED)
     def copy(scales, biases, first, groups, side, lane, outputs):

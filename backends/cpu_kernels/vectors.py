@@ -19,6 +19,7 @@ __all__ = [
     "HALF",
     "LANES",
     "QWORD",
+    "SCALE_BYTES",
     "SHORT",
     "SHORTS",
     "constant",
@@ -51,6 +52,9 @@ _HALVES: Final = target_has("f16c") or platform.machine().lower() not in ("x86_6
 
 LANES: Final = 16 if target_has("avx512f") and target_has("avx512bw") else 8
 """32-bit lanes of a vector: 16 with AVX-512, else 8, which LLVM splits where registers are narrower."""
+
+SCALE_BYTES: Final = (4, 2, 2)
+"""Of each kind of scales: float32, float16, bfloat16."""
 
 FLOAT, HALF = ir.FloatType(), ir.HalfType()
 BYTE, SHORT, DWORD, QWORD = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)

@@ -12,14 +12,18 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from quantcore.scheme import BITS, GROUP_SIZES
 from quantcore_backends.cpu_kernels.disk_cache import njit
 from quantcore_backends.jax_backend.ffi.abi import CONSTANTS, OFFSETS
 
 __all__ = [
     "FIRST_BODY",
     "FIRST_ROUNDED",
+    "KERNELS",
+    "KINDS",
     "OPTIONS",
     "TABLE",
+    "WIDEST",
     "answers_query",
     "argument",
     "atomic_add",
@@ -42,15 +46,18 @@ __all__ = [
 
 OPTIONS: Final[dict[str, Any]] = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
 
-TABLE: Final = (ctypes.c_int64 * 3328)()
+FIRST_BODY: Final = 16
+FIRST_ROUNDED: Final = 256
+KERNELS, KINDS, WIDEST = 7, 3, max(BITS)
+"""Kernels on integers of a scheme and kind of scales, kinds of scales, bits of a code at most."""
+_USED: Final = FIRST_ROUNDED + 3 * KERNELS * KINDS * WIDEST * (len(GROUP_SIZES) + 1)
+
+TABLE: Final = (ctypes.c_int64 * (_USED + 8))()
 """Version of XLA's interface (two integers); most threads; the pool's task; the rounded products' task.
 
 From `FIRST_BODY` on: bodies of kernels. From `FIRST_ROUNDED` on: rounder, kernel and a number for integer activations.
 """
-FIRST_BODY: Final = 16
-FIRST_ROUNDED: Final = 256
-
-_LAST_RESORT: Final = 8 * 3320  # in the table: where an error is put together if there is no memory
+_LAST_RESORT: Final = 8 * _USED  # in the table: where an error is put together if there is no memory
 _SYMBOL: Final = "quantcore_xla_table"
 llvm.add_symbol(_SYMBOL, ctypes.addressof(TABLE))
 

@@ -15,7 +15,19 @@ from quantcore_backends.cpu_kernels.job import CALL, JOB, PLAN, job_at
 from quantcore_backends.cpu_kernels.vectors import LANES
 from quantcore_backends.jax_backend.ffi import parts
 from quantcore_backends.jax_backend.ffi.bodies import chosen_weight
-from quantcore_backends.jax_backend.ffi.frame import FIRST_ROUNDED, OPTIONS, TABLE, free, load64, malloc, store64, table
+from quantcore_backends.jax_backend.ffi.frame import (
+    FIRST_ROUNDED,
+    KERNELS,
+    KINDS,
+    OPTIONS,
+    TABLE,
+    WIDEST,
+    free,
+    load64,
+    malloc,
+    store64,
+    table,
+)
 from quantcore_backends.jax_backend.ffi.operands import bytes_at
 
 __all__ = ["has_kernel", "load", "multiply"]
@@ -49,9 +61,9 @@ def _entry(bits, group, kind, width, together):
     number = 0
     while group >> (4 + number):
         number += 1
-    scheme = (number * 8 + bits - 1) * 3 + kind
+    scheme = (number * WIDEST + bits - 1) * KINDS + kind
     others = 0 if width == 24 or together == 1 else 3 if together == 0 else 5
-    return FIRST_ROUNDED + 3 * (scheme * 7 + width // 8 - 1 + others)
+    return FIRST_ROUNDED + 3 * (scheme * KERNELS + width // 8 - 1 + others)
 
 
 @njit(**OPTIONS)
