@@ -89,7 +89,7 @@ def _lay(job, n, start, end, to, scratch, bits, run, held, chunk):
                 widen(its + code * bits // 8, widened + code, bits)
             its = widened
         rows[lane] = its
-    for code in range(0, count, 128 // held):
+    for code in range(0, count, LANES * 32 // held):
         codes_side_by_side(scratch.addresses, code * held // 8, to + code * LANES, held)
 
 

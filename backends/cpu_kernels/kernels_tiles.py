@@ -11,8 +11,10 @@ The shape of the blocks follows Goto & van de Geijn, "Anatomy of high-performanc
 from functools import cache
 from typing import Any, Final
 
+from numba import literally
+
 from quantcore_backends.cpu_kernels.ahead import prefetch_lines
-from quantcore_backends.cpu_kernels.disk_cache import cfunc
+from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
 from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, addresses_at, floats_at, job_at, row_of
 from quantcore_backends.cpu_kernels.laying import give, held_bits, lay_scales
 from quantcore_backends.cpu_kernels.layout import SPARE, VECTORS
@@ -24,6 +26,34 @@ __all__ = ["OUTPUTS", "tiles"]
 
 OUTPUTS: Final = VECTORS * LANES
 """Rows of the weight in a tile."""
+_LINE: Final = LANES * 4
+"""Bytes of a vector: with AVX-512, those of a cache line."""
+
+
+@njit(forceinline=True, **COMPILED)
+def _lay(job, n, count, to, addresses, spare, bits, held, chunk):
+    """Put `count` words of a tile's rows side by side, from the row `n` on; codes that cross words as bytes.
+
+    Whole cache lines are read where rows are made of them. What stands in a line before a row's first byte is then laid
+    as well; the address behind it is returned.
+    """
+    bits = literally(bits)
+    before = job.packed % _LINE
+    if held != bits or before % 4 or job.packed_row % _LINE or n + OUTPUTS > job.safe:
+        before = 0
+    rows = addresses_at(addresses, LANES)
+    for v in range(VECTORS):
+        for lane in range(LANES):
+            row = row_of(job, min(n + v * LANES + lane, job.out_features - 1)) - before
+            if held != bits:
+                widened = spare + lane * (job.tile_words * 4 + SPARE)
+                for code in range(0, count * 4, chunk):
+                    widen(row + code * bits // 8, widened + code, bits)
+                row = widened
+            rows[lane] = row
+        for word in range(0, before // 4 + count, LANES):
+            side_by_side(addresses, word * 4, to + (word * VECTORS + v) * _LINE, VECTORS * _LINE)
+    return to + before // 4 * VECTORS * _LINE
 
 
 @cache
@@ -39,26 +69,13 @@ def tiles(bits: int, run: int, width: int, height: int) -> Any:
         job = job_at(address)
         runs = (job.in_features + run - 1) // run
         group_runs, next_run = job.group_runs, OUTPUTS * job.packed_row // max(1, runs)
-        words = job.tile_words
-        tile = job.scratch + thread * job.scratch_size
-        scales = tile + words * (OUTPUTS * 4)
-        sums = scales + job.groups * (2 * OUTPUTS * 4)
-        addresses = sums + (job.rows + 3) // 4 * (4 * OUTPUTS * 4)
+        laid = job.scratch + thread * job.scratch_size
+        scales = laid + (job.tile_words + LANES) * (VECTORS * _LINE)
+        sums = scales + (job.groups + LANES - 1) // LANES * LANES * (2 * VECTORS * _LINE)
+        addresses = sums + (job.rows + 3) // 4 * 4 * (VECTORS * _LINE)
         spare = addresses + 8 * LANES
         for n in range(first * OUTPUTS, min(last * OUTPUTS, job.out_features), OUTPUTS):
-            for v in range(VECTORS):
-                rows = addresses_at(addresses, LANES)
-                for lane in range(LANES):
-                    rows[lane] = row_of(job, min(n + v * LANES + lane, job.out_features - 1))
-                    if held != bits:
-                        # Codes that cross words are widened to bytes before.
-                        widened = spare + lane * (words * 4 + SPARE)
-                        for code in range(0, words * 4, chunk):
-                            widen(rows[lane] + code * bits // 8, widened + code, bits)
-                        rows[lane] = widened
-                for word in range(0, words, 4):
-                    to = tile + (word * OUTPUTS + v * LANES) * 4
-                    side_by_side(addresses, word * 4, to, OUTPUTS * 4)
+            tile = _lay(job, n, runs * run * held // 32, laid, addresses, spare, bits, held, chunk)
             lay_scales(job, n, VECTORS, 0, job.groups, scales, addresses)
             prefetch_lines(job.scales + (n + OUTPUTS) * job.scale_row, OUTPUTS * job.scale_row)
             prefetch_lines(job.biases + (n + OUTPUTS) * job.scale_row, OUTPUTS * job.scale_row)
@@ -66,7 +83,7 @@ def tiles(bits: int, run: int, width: int, height: int) -> Any:
             blank[:] = 0
             for m in range(0, job.rows, height):
                 x = job.codes + m * runs * (run * width // 8)
-                x_scales, to = job.code_scales + m * runs * 8, sums + m * (OUTPUTS * 4)
+                x_scales, to = job.code_scales + m * runs * 8, sums + m * (VECTORS * _LINE)
                 # While the first block is computed, the next tile comes near.
                 ahead, further = (job.packed + (n + OUTPUTS) * job.packed_row, next_run) if m == 0 else (tile, 0)
                 if height == 4 or job.rows - m > 4:

@@ -109,7 +109,7 @@ def of_few_rows(
 def of_tiles(
     rows: int, columns: int, groups: int, bits: int, run: int, lanes: int, width: int, height: int
 ) -> tuple[int, int, int, int, int, int, int]:
-    """What the kernels in tiles read and write, as :func:`of_few_rows` has it; each row has words of whole runs.
+    """What the kernels in tiles read and write, as :func:`of_few_rows` has it; each row has whole vectors of words.
 
     Parameters
     ----------
@@ -124,13 +124,14 @@ def of_tiles(
     """
     held = bits if 32 % bits == 0 else 8
     runs = -(-columns // run)
-    words = -(-(runs * run * held // 32) // 4) * 4
+    words = -(-(runs * run * held // 32) // lanes) * lanes
     if height == MATRIX_HEIGHT:
         low = height // 2
         tile = lanes * (MATRIX_COLUMNS + MATRIX_COLUMNS // run * 8 + 4 * (-(-rows // low) * low))
         scratch = MATRIX_TILES * tile + SPILL + CONFIGURATION + lanes * (8 + MATRIX_COLUMNS + SPARE)
     else:
-        tile, addresses = 4 * VECTORS * lanes * (words + 2 * groups + rows + 4), 8 * lanes
+        laid_groups = -(-groups // lanes) * lanes
+        tile, addresses = 4 * VECTORS * lanes * (words + lanes + 2 * laid_groups + rows + 4), 8 * lanes
         scratch = tile + addresses + lanes * (4 * words + SPARE) + 64
     return 0, words * 32 // held * bits // 8, runs * run * width // 8, runs * 8, 0, words, scratch + 63 & -64
 

@@ -48,6 +48,7 @@ __all__ = [
     "codes_of_words",
     "crossing",
     "dot",
+    "first_floats",
     "form",
     "lane_codes",
     "spread",
@@ -290,16 +291,21 @@ def spread_first(typing: Any, address: Any, kind: Any, count: Any, first: Any) -
     chosen, number = kind.literal_value, count.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        several = ir.VectorType((FLOAT, SHORT, SHORT)[chosen], number)
-        wanted = repeat(builder, builder.trunc(args[3], DWORD), number)
-        there = builder.icmp_signed("<", constant(list(range(number))), wanted)
-        name = f"llvm.masked.load.v{number}{('f32', 'i16', 'i16')[chosen]}.p0"
-        pointer = builder.inttoptr(args[0], several.as_pointer())
-        found = called(builder, name, several, [pointer, ir.Constant(DWORD, 1), there, ir.Constant(several, None)])
-        wide = _widened(builder, found, chosen)
-        return shuffled(builder, wide, [lane * number // LANES for lane in range(LANES)])
+        several = first_floats(builder, args[0], args[3], chosen, number)
+        return shuffled(builder, several, [lane * number // LANES for lane in range(LANES)])
 
     return floats(types.intp, kind, count, types.intp), generate
+
+
+def first_floats(builder: Any, address: Any, left: Any, kind: int, count: int) -> Any:
+    """`count` floats from memory, of which the first `left` are read; 0 stands for the others."""
+    several = ir.VectorType((FLOAT, SHORT, SHORT)[kind], count)
+    wanted = repeat(builder, builder.trunc(left, DWORD), count)
+    there = builder.icmp_signed("<", constant(list(range(count))), wanted)
+    name = f"llvm.masked.load.v{count}{('f32', 'i16', 'i16')[kind]}.p0"
+    pointer = builder.inttoptr(address, several.as_pointer())
+    arguments = [pointer, ir.Constant(DWORD, 1), there, ir.Constant(several, None)]
+    return _widened(builder, called(builder, name, several, arguments), kind)
 
 
 def _widened(builder: Any, stored: Any, kind: int) -> Any:

@@ -10,6 +10,7 @@ from quantcore_backends.cpu_kernels.simd_int import (
     add_products,
     codes_of_words,
     crossing,
+    first_floats,
     form,
     lane_codes,
 )
@@ -30,7 +31,7 @@ from quantcore_backends.cpu_kernels.vectors import (
     write,
 )
 
-__all__ = ["block_product", "codes_side_by_side", "side_by_side", "widen"]
+__all__ = ["block_product", "codes_side_by_side", "scales_side_by_side", "side_by_side", "widen"]
 
 
 _SHORT_BYTES = ir.VectorType(BYTE, 2 * LANES)
@@ -38,17 +39,36 @@ _SHORT_BYTES = ir.VectorType(BYTE, 2 * LANES)
 
 @intrinsic
 def side_by_side(typing: Any, rows: Any, start: Any, to: Any, stride: Any) -> Any:
-    """Four words of each of LANES rows, as four vectors of one word of each row.
+    """LANES words of each of LANES rows, as vectors of one word of each row.
 
-    `rows` points to the rows' addresses, `start` is the byte in them, `stride` the bytes from vector to vector.
+    `rows` points to the rows' addresses, `start` is the byte in them, `stride` the bytes from vector to vector. Each
+    row's words are read in one go: a few at a time, rows that lie a multiple of 4 KiB apart, which share a set of the
+    nearest cache, would push each other's lines out before these are read to their end.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        for word, vector in enumerate(_four_words(builder, args[0], args[1])):
-            write(builder, builder.add(args[2], builder.mul(args[3], ir.Constant(QWORD, word))), vector)
+        rows, start, to, stride = args
+        words = [read(builder, address, DWORDS) for address in _addresses(builder, rows, start)]
+        for word, vector in enumerate(_transposed(builder, words)):
+            write(builder, builder.add(to, builder.mul(stride, ir.Constant(QWORD, word))), vector)
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp, types.intp, types.intp), generate
+
+
+@intrinsic(prefer_literal=True)
+def scales_side_by_side(typing: Any, rows: Any, start: Any, left: Any, to: Any, stride: Any, kind: Any) -> Any:
+    """As :func:`side_by_side`, of LANES scales a row, the first `left` of which are read; `kind` as in `scale_at`."""
+    chosen = kind.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        rows, start, left, to, stride = args[:5]
+        scales = [first_floats(builder, address, left, chosen, LANES) for address in _addresses(builder, rows, start)]
+        for group, vector in enumerate(_transposed(builder, scales)):
+            write(builder, builder.add(to, builder.mul(stride, ir.Constant(QWORD, group))), vector)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp, types.intp, types.intp, kind), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -57,36 +77,48 @@ def codes_side_by_side(typing: Any, rows: Any, start: Any, to: Any, bits: Any) -
     width = bits.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        rows, start, to, _ = args
         planes = lane_codes(width) // 4
-        for word, vector in enumerate(_four_words(builder, args[0], args[1])):
+        words = [read(builder, address, DWORDS) for address in _addresses(builder, rows, start)]
+        for word, vector in enumerate(_transposed(builder, words)):
             for plane in range(planes):
                 codes = codes_of_words(builder, vector, width, plane, 4)
-                write(builder, offset(builder, args[2], (word * planes + plane) * LANES * 4), codes)
+                write(builder, offset(builder, to, (word * planes + plane) * LANES * 4), codes)
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp, types.intp, bits), generate
 
 
-def _four_words(builder: Any, rows: Any, start: Any) -> list[Any]:
-    """Four words of each of LANES rows, as vectors of one word of each."""
-    four = ir.VectorType(DWORD, 4)
-    pieces = []
-    for row in range(LANES):
-        base = read(builder, offset(builder, rows, 8 * row), QWORD)
-        pieces.append(read(builder, builder.add(base, start), four))
-    return _transposed(builder, [_joined(builder, pieces[i::4]) for i in range(4)])
-
-
-def _joined(builder: Any, parts: list[Any]) -> Any:
-    """Vectors end to end."""
-    while len(parts) > 1:
-        both = 2 * parts[0].type.count
-        pairs = zip(parts[::2], parts[1::2], strict=True)
-        parts = [builder.shuffle_vector(one, two, constant(list(range(both)))) for one, two in pairs]
-    return parts[0]
+def _addresses(builder: Any, rows: Any, start: Any) -> list[Any]:
+    """Where LANES rows, whose addresses lie at `rows`, have the byte `start`."""
+    return [builder.add(read(builder, offset(builder, rows, 8 * row), QWORD), start) for row in range(LANES)]
 
 
 def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
+    """LANES vectors of which rows and columns change places: blocks of four lanes first, then lanes within these."""
+    fours = [_blocks_transposed(builder, rows[row::4]) for row in range(4)]
+    return [column for four in zip(*fours, strict=True) for column in _lanes_transposed(builder, *four)]
+
+
+def _blocks_transposed(builder: Any, rows: list[Any]) -> list[Any]:
+    """The first blocks of two or four vectors that are so many blocks of four lanes, the second ones, and so on."""
+
+    def pick(one: Any, two: Any, places: list[int]) -> Any:
+        chosen = [4 * place + lane for place in places for lane in range(4)]
+        return builder.shuffle_vector(one, two, constant(chosen))
+
+    if len(rows) == 2:
+        a, b = rows
+        return [pick(a, b, [0, 2]), pick(a, b, [1, 3])]
+    a, b, c, d = rows
+    found = []
+    for half in ([0, 1, 4, 5], [2, 3, 6, 7]):
+        ab, cd = pick(a, b, half), pick(c, d, half)
+        found += [pick(ab, cd, [0, 2, 4, 6]), pick(ab, cd, [1, 3, 5, 7])]
+    return found
+
+
+def _lanes_transposed(builder: Any, a: Any, b: Any, c: Any, d: Any) -> list[Any]:
     """Four vectors, within each four lanes of which rows and columns change places."""
 
     def pick(one: Any, two: Any, places: list[int]) -> Any:
@@ -96,7 +128,6 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
         ]
         return builder.shuffle_vector(one, two, constant(chosen))
 
-    a, b, c, d = rows
     low, high = pick(a, b, [0, 4, 1, 5]), pick(a, b, [2, 6, 3, 7])
     low2, high2 = pick(c, d, [0, 4, 1, 5]), pick(c, d, [2, 6, 3, 7])
     first, second = [0, 1, 4, 5], [2, 3, 6, 7]

@@ -158,6 +158,28 @@ def test_weights_that_are_tiny_or_huge(exponent: int) -> None:
         assert error(result, x, changed) <= BOUND[width]
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_where_a_weight_lies_changes_nothing(bits: int) -> None:
+    qw = weight(100, 1024, Scheme("affine", bits, 64))
+
+    def placed(array: Array, offset: int) -> Array:
+        """A copy that begins so many bytes behind the start of a cache line."""
+        memory = np.empty(array.nbytes + 128, np.uint8)
+        start = -memory.ctypes.data % 64 + offset
+        copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+        copy[...] = array
+        return copy
+
+    for rows_of_x, width in itertools.product((1, 2, 9), widths(qw.scheme)):
+        x = np.random.default_rng(0).standard_normal((rows_of_x, 1024)).astype(np.float32)
+        expected = product(x, operand(qw), width)
+        assert expected is not None
+        for offset in (0, 1, 4, 20, 60):
+            leaves = (placed(leaf, offset) for leaf in (qw.packed, qw.scales, qw.biases))
+            moved = integer.Weight.of(*leaves, qw.scheme, qw.in_features)
+            np.testing.assert_array_equal(product(x, moved, width), expected)
+
+
 def test_scales_that_are_not_finite_are_refused() -> None:
     qw = weight(9, 512, Scheme("affine", 4, 64))
     scales = qw.scales.copy()
