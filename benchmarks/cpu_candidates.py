@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 import quantcore
+from quantcore.memory import aligned_empty
 from quantcore.testing import oracle
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -57,6 +58,8 @@ class Candidate(NamedTuple):
 class Weight:
     """A random weight: any codes, positive scales, biases that make the middle code zero.
 
+    Its arrays lie as those that quantize() makes do.
+
     Attributes
     ----------
     shape : tuple of int
@@ -69,9 +72,9 @@ class Weight:
     def __init__(self, shape: tuple[int, int], bits: int, group: int, rng: np.random.Generator) -> None:
         self.shape, self.bits, self.group = shape, bits, group
         rows, columns = shape
-        self.packed = rng.integers(0, 1 << 32, (rows, columns * bits // 32), np.uint32)
-        self.scales = rng.uniform(0.005, 0.015, (rows, columns // group)).astype(np.float32)
-        self.biases = -np.float32(1 << (bits - 1)) * self.scales
+        self.packed = _aligned(rng.integers(0, 1 << 32, (rows, columns * bits // 32), np.uint32))
+        self.scales = _aligned(rng.uniform(0.005, 0.015, (rows, columns // group)).astype(np.float32))
+        self.biases = _aligned(-np.float32(1 << (bits - 1)) * self.scales)
         scheme = quantcore.Scheme(bits=bits, group_size=group)
         self.tensor = quantcore.quantized_tensor(self.packed, self.scales, self.biases, shape, scheme)
         self._dense: Array | None = None
@@ -93,6 +96,12 @@ class Weight:
         """Some of its rows in float64."""
         parts = (part[rows] for part in (self.packed, self.scales, self.biases))
         return oracle.exact_weight(*parts, self.tensor.scheme, self.shape[1])
+
+
+def _aligned(array: Array) -> Array:
+    copy = aligned_empty(array.shape, array.dtype)
+    copy[...] = array
+    return copy
 
 
 def error(candidate: Candidate, result: Any, x: Array, outputs: int) -> float:

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from quantcore import Scheme
+from quantcore.memory import aligned_empty
 from quantcore_backends.cpu_kernels import affine, compiled, compiled_microscaled, encoded, microscaled
 from quantcore_backends.cpu_kernels.bitstream import pack, unpack
 
@@ -38,11 +39,11 @@ def encode(w: Array, scheme: Scheme) -> tuple[Array, Array, Array | None]:
     in_features = w.shape[-1]
     rows = w.reshape(-1, in_features)
     native = w.dtype.newbyteorder("=")
-    packed = np.empty((rows.shape[0], scheme.words(in_features)), np.uint32)
+    packed = aligned_empty((rows.shape[0], scheme.words(in_features)), np.uint32)
     if not scheme.has_biases:
         return _encode_microscaled(rows, packed, w.shape, scheme)
-    scales = np.empty((rows.shape[0], scheme.groups(in_features)), native)
-    biases = np.empty_like(scales)
+    per_group = rows.shape[0], scheme.groups(in_features)
+    scales, biases = aligned_empty(per_group, native), aligned_empty(per_group, native)
     if rows.size and encoded.serves(native, scheme):
         source = compiled.rows_in_memory(rows, native)
         with np.errstate(over="ignore"):
@@ -69,7 +70,7 @@ def _encode_microscaled(
     rows: Array, packed: Array, shape: tuple[int, ...], scheme: Scheme
 ) -> tuple[Array, Array, None]:
     in_features = rows.shape[1]
-    scales = np.empty((rows.shape[0], scheme.groups(in_features)), np.uint8)
+    scales = aligned_empty((rows.shape[0], scheme.groups(in_features)), np.uint8)
     for part in row_tiles(rows.shape[0], in_features):
         groups = _in_groups(rows[part].astype(np.float32), scheme)
         codes, scales[part] = microscaled.encode_groups(groups, scheme.mode)

@@ -15,6 +15,7 @@ from quantcore.formats.affine import FLOATS, Parts, check_finite, from_zero_poin
 from quantcore.formats.checkpoint import Entry
 from quantcore.formats.config import Settings
 from quantcore.formats.files import Array, Stored
+from quantcore.memory import aligned_empty
 from quantcore.tensor import QuantizedTensor
 
 __all__ = ["SUFFIXES", "entries"]
@@ -57,7 +58,7 @@ def _entry(parts: Parts, group_size: int | None, exact: bool) -> Entry:
         zeros.malformed(f"shape {zeros.shape}; expected {(groups, out // _PER_WORD)}")
 
     def read() -> QuantizedTensor:
-        packed = np.empty((out, scheme.words(in_features)), np.uint32)
+        packed = aligned_empty((out, scheme.words(in_features)), np.uint32)
         words = qweight.array().view("<u4")
         step = max(1, _TILE // in_features // _PER_WORD)
         for start in range(0, out // _PER_WORD, step):

@@ -22,6 +22,7 @@ from quantcore.formats.affine import all_finite
 from quantcore.formats.checkpoint import Entry, dense
 from quantcore.formats.files import Array, MappedFile, Stored, malformed
 from quantcore.formats.microscaled import is_nan
+from quantcore.memory import aligned_empty
 from quantcore.scheme import Scheme
 from quantcore.tensor import QuantizedTensor
 
@@ -92,14 +93,14 @@ def _read(file: MappedFile, name: str, shape: tuple[int, ...], kind: BlockType, 
     per_row = in_features // kind.block
     rows = math.prod(shape[:-1])
     blocks = file.array(np.dtype(np.uint8), (rows, per_row, kind.nbytes), offset, name)
-    packed = np.empty((rows, scheme.words(in_features)), np.uint32)
+    packed = aligned_empty((rows, scheme.words(in_features)), np.uint32)
     of_groups: list[Array] = []
     step = max(1, _TILE // in_features)
     for start in range(0, rows, step):
         part = blocks[start : start + step]
         codes, *found = split(part.reshape(-1, kind.nbytes))
         if start == 0:
-            of_groups = [np.empty((rows, scheme.groups(in_features)), leaf.dtype) for leaf in found]
+            of_groups = [aligned_empty((rows, scheme.groups(in_features)), leaf.dtype) for leaf in found]
         rowwise = codes.reshape(len(part), -1)
         packed[start : start + step] = rowwise if codes.dtype == np.uint32 else pack(rowwise, scheme.bits)
         for whole, some in zip(of_groups, found, strict=True):

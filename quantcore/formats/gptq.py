@@ -17,6 +17,7 @@ from quantcore.formats.affine import FLOATS, Parts, check_finite, from_zero_poin
 from quantcore.formats.checkpoint import Entry
 from quantcore.formats.config import Settings
 from quantcore.formats.files import Array, Stored, malformed
+from quantcore.memory import aligned_empty
 from quantcore.tensor import QuantizedTensor
 
 __all__ = ["SUFFIXES", "entries"]
@@ -76,7 +77,8 @@ def _entry(parts: Parts, told: tuple[int, int | None] | None, first_version: boo
     def read() -> QuantizedTensor:
         if g_idx is not None:
             _check_order(g_idx, group)
-        packed = np.ascontiguousarray(qweight.array().view("<u4").T).astype(np.uint32, copy=False)
+        packed = aligned_empty(qweight.shape[::-1], np.uint32)
+        packed[...] = qweight.array().view("<u4").T
         zeros = unpack(qzeros.array().view("<u4"), bits, out)
         if first_version:
             zeros = _from_first_version(qzeros, zeros, bits)

@@ -180,6 +180,12 @@ def test_where_a_weight_lies_changes_nothing(bits: int) -> None:
             np.testing.assert_array_equal(product(x, moved, width), expected)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_quantized_arrays_begin_with_a_cache_line(dtype: Any) -> None:
+    qw = weight(300, 1024, Scheme("affine", 4, 64), dtype)
+    assert [leaf.ctypes.data % 64 for leaf in (qw.packed, qw.scales, qw.biases)] == [0, 0, 0]
+
+
 def test_scales_that_are_not_finite_are_refused() -> None:
     qw = weight(9, 512, Scheme("affine", 4, 64))
     scales = qw.scales.copy()

@@ -1,0 +1,34 @@
+"""NumPy memory for packed weights."""
+
+import math
+from typing import Any, Final
+
+import numpy as np
+
+__all__ = ["aligned_empty"]
+
+_LINE: Final = 64
+"""Bytes of a cache line."""
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
+    """An uninitialized array that begins with a cache line.
+
+    Vectors of a whole line, as kernels read weights in, then touch one line each. NumPy's large arrays begin 16 bytes
+    behind a line's start, so that every such vector touches two.
+
+    Parameters
+    ----------
+    shape : tuple of int
+    dtype : dtype
+
+    Returns
+    -------
+    array, shape `shape`
+        C-contiguous.
+    """
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _LINE, np.uint8)
+    start = -memory.ctypes.data % _LINE
+    return np.ndarray(shape, dtype, memory, start)
