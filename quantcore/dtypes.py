@@ -6,7 +6,7 @@ Every question about a dtype goes through here: ``array_api_compat.isdtype`` rej
 
 import sys
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Final
 
 import ml_dtypes
@@ -51,6 +51,7 @@ def dtype_name(dtype: Any) -> str:
     return _name_of(dtype)
 
 
+@cache
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """NumPy's dtype of that name; bfloat16 is that of ``ml_dtypes``."""
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)

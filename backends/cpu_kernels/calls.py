@@ -12,11 +12,11 @@ from quantcore_backends.cpu_kernels.pool import parallel
 __all__ = ["call"]
 
 _FIELD: Final = {name: place for place, name in enumerate(JOB.names or ())}
-_X, _OUT, _REFUSED = (_FIELD[name] for name in ("x", "out", "refused"))
-_PACKED, _SCALES, _BIASES = (_FIELD[name] for name in ("packed", "scales", "biases"))
+_X, _OUT, _PACKED, _REFUSED = (_FIELD[name] for name in ("x", "out", "packed", "refused"))
 _CODES, _COPY, _SCRATCH = (_FIELD[name] for name in ("codes", "copy", "scratch"))
 _SAFE, _OUTPUTS, _PACKED_ROW, _COPY_ROW = (_FIELD[name] for name in ("safe", "out_features", "packed_row", "copy_row"))
 _FIELDS: Final = len(_FIELD)
+_COPIED, _ROUNDER, _ROWS, _ROUNDED, _KERNEL, _PARTS, _PART, _SLOT = range(_FIELDS, _FIELDS + 8)
 
 assert CALL.index("codes") + 3 == CALL.index("packed")
 assert CALL.index("copy") + 1 == CALL.index("scratch")
@@ -34,9 +34,7 @@ def _address_of(operand):
 
 
 @njit(cache=True, **COMPILED)
-def call(
-    pool: Any, x: Any, out: Any, memory: Any, template: Any, packed: Any, scales: Any, biases: Any, slot: Any
-) -> Any:
+def call(pool: Any, x: Any, out: Any, record: Any, memory: Any) -> Any:
     """Round x to integers, then multiply; whether integers served, so that `out` is right.
 
     Parameters
@@ -45,27 +43,23 @@ def call(
         Address, or 0.
     x, out : array, shape (M, K) and (M, N), float32, C-contiguous
         Or their addresses.
-    memory : array, uint8
-    template : array, int64
-        A job in which addresses in `memory` count from its first whole cache line; then the bytes of a packed row,
-        and twice a kernel's address, its parts, and the length of a part.
-    packed, scales, biases : int
-        Addresses.
-    slot : int
-        The weight's, in the table of :mod:`ahead`; 0 for none.
+    record : int
+        Address of int64: a job that lacks x and the result, and whose addresses in `memory` count from there; the bytes
+        of a packed row that are copied; twice a kernel's address, its parts, and the length of a part; and the
+        weight's slot in the table of :mod:`ahead`, or 0.
+    memory : int
+        Address of scratch memory, that of a cache line.
     """
-    start = (memory.ctypes.data + 63) // 64 * 64
-    job = addresses_at(start, _FIELDS)
-    job[:] = template[:_FIELDS]
+    given, job = addresses_at(record, _FIELDS + 8), addresses_at(memory, _FIELDS)
+    job[:] = given[:_FIELDS]
     job[_X], job[_OUT] = _address(x), _address(out)
-    job[_PACKED], job[_SCALES], job[_BIASES] = packed, scales, biases
     for field in (_CODES, _CODES + 1, _CODES + 2, _COPY, _SCRATCH):
-        job[field] += start
-    turns = template[_FIELDS:]
+        job[field] += memory
     for n in range(job[_SAFE], job[_OUTPUTS]):
-        to = bytes_at(job[_COPY] + (n - job[_SAFE]) * job[_COPY_ROW], turns[0])
-        to[:] = bytes_at(packed + n * job[_PACKED_ROW], turns[0])
-    parallel(pool if turns[2] > turns[3] else 0, turns[1], start, turns[2], turns[3])
+        to = bytes_at(job[_COPY] + (n - job[_SAFE]) * job[_COPY_ROW], given[_COPIED])
+        to[:] = bytes_at(job[_PACKED] + n * job[_PACKED_ROW], given[_COPIED])
+    rows, rounded = given[_ROWS], given[_ROUNDED]
+    parallel(pool if rows > rounded else 0, given[_ROUNDER], memory, rows, rounded)
     if job[_REFUSED] == 0:
-        parallel(pool, turns[4], start, turns[5], turns[6], slot)
+        parallel(pool, given[_KERNEL], memory, given[_PARTS], given[_PART], given[_SLOT])
     return job[_REFUSED] == 0

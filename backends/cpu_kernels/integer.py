@@ -9,6 +9,7 @@ import numpy as np
 from quantcore import Scheme
 from quantcore_backends.cpu_kernels import amx, compiled, layout
 from quantcore_backends.cpu_kernels.compiled import KINDS, rows_in_memory
+from quantcore_backends.cpu_kernels.scratch import scratch
 from quantcore_backends.cpu_kernels.threads import native_pool
 
 __all__ = [
@@ -48,6 +49,8 @@ MOST: Final = 512
 """Rows of x in one go, which bounds the scratch memory."""
 _PLANS: Final = 512
 """Plans that are kept, one for each shape of a weight and number of rows."""
+_CALLS: Final = 16
+"""Calls that a weight keeps, one for each number of rows and width."""
 
 
 @cache
@@ -190,13 +193,14 @@ class Weight:
         What keeps that memory; without, the caller does during each product.
     """
 
-    __slots__ = ("_held", "_plans", "addresses", "geometry", "slot")
+    __slots__ = ("_calls", "_held", "addresses", "geometry", "slot", "widths")
 
     def __init__(self, geometry: Geometry, addresses: tuple[int, int, int], held: tuple[Array, ...] = ()) -> None:
         self.geometry, self.addresses, self._held = geometry, addresses, held
         sizes = geometry.rows * geometry.packed_row, geometry.rows * geometry.scale_row
         self.slot = _compiled().ahead.slot_of(addresses[0], sizes[0], *addresses[1:], sizes[1])
-        self._plans: dict[tuple[int, int], _Plan] = {}
+        self.widths = {precision: widths(geometry.scheme, width) for precision, width in WIDTHS.items()}
+        self._calls: dict[tuple[int, int], _Call] = {}
 
     @classmethod
     def of(cls, packed: Array, scales: Array, biases: Array, scheme: Scheme, in_features: int) -> "Weight":
@@ -220,18 +224,18 @@ class Weight:
         held = packed, scales, biases
         return cls(geometry, (packed.ctypes.data, scales.ctypes.data, biases.ctypes.data), held)
 
-    def plan(self, width: int, rows: int) -> "_Plan":
-        """The plan for so many rows of x; for few, where it counts, found without comparing shapes."""
-        if rows > FEW_ROWS:
-            return _plan(self.geometry, width, rows)
-        found = self._plans.get((width, rows))
+    def call(self, width: int, rows: int) -> "_Call":
+        """How the product with so many rows of x, as integers of `width` bits, is called."""
+        found = self._calls.get((width, rows))
         if found is None:
-            found = self._plans[width, rows] = _plan(self.geometry, width, rows)
+            if len(self._calls) >= _CALLS:
+                self._calls.clear()
+            found = self._calls[width, rows] = _Call(_plan(self.geometry, width, rows), self)
         return found
 
 
 class _Plan:
-    """Kernels, where what lies in scratch memory, and a job that lacks only what a call fills in."""
+    """Kernels, where what lies in scratch memory, and the fields of a job that a weight's geometry decides."""
 
     def __init__(self, geometry: Geometry, width: int, rows: int) -> None:
         modules = _compiled()
@@ -255,21 +259,32 @@ class _Plan:
         rounded, parts, part = layout.turns(rows, outputs, self.height, lanes, self.threads)
         fields |= {"x_row": 4 * columns, "rows": rows}
         fields |= dict(zip(("codes", "code_scales", "sums", "copy", "scratch"), places, strict=True))
-        turns = [4 * words, rounder.address, rows, rounded, kernel.address, parts, part]
-        self.template = np.array([*(fields.get(name, 0) for name in modules.job.JOB.names), *turns], np.int64)
-        self.size = places[-1] + scratch * self.threads + 64
+        self.fields, self.turns = fields, (4 * words, rounder.address, rows, rounded, kernel.address, parts, part)
+        self.size = places[-1] + scratch * self.threads
         self._held = rounder, kernel
-
-    def run(self, x: Operand, weight: Weight, out: Operand) -> bool:
-        """Compute ``out = x @ w.T``; whether integers served, so that `out` is right."""
-        memory = np.empty(self.size, np.uint8)
-        pool = native_pool().address if self.threads > 1 else 0
-        slot = 0 if self.height else weight.slot
-        served: bool = _compiled().call(pool, x, out, memory, self.template, *weight.addresses, slot)
-        return served
 
 
 _plan = lru_cache(_PLANS)(_Plan)
+
+
+class _Call:
+    """A plan with a weight's addresses: all but x, the result and the threads of a product."""
+
+    __slots__ = ("_address", "_compiled", "_held", "_size", "_threaded")
+
+    def __init__(self, plan: _Plan, weight: Weight) -> None:
+        modules, slot = _compiled(), 0 if plan.height else weight.slot
+        fields = plan.fields | dict(zip(("packed", "scales", "biases"), weight.addresses, strict=True))
+        record = np.array([*(fields.get(name, 0) for name in modules.job.JOB.names), *plan.turns, slot], np.int64)
+        self._address, self._held = record.ctypes.data, (record, plan)
+        self._compiled, self._size, self._threaded = modules.call, plan.size, plan.threads > 1
+
+    def __call__(self, x: Operand, out: Operand) -> bool:
+        """Compute ``out = x @ w.T``; whether integers served, so that `out` is right."""
+        memory = scratch(self._size)
+        pool = native_pool().address if self._threaded else 0
+        served: bool = self._compiled(pool, x, out, self._address, memory.address)
+        return served
 
 
 def multiply(x: Operand, rows: int, weight: Weight, out: Operand, width: int) -> bool:
@@ -287,11 +302,11 @@ def multiply(x: Operand, rows: int, weight: Weight, out: Operand, width: int) ->
         16 or 8; or 24 for up to `WIDE_ROWS` rows of x.
     """
     if rows <= MOST:
-        return weight.plan(width, rows).run(x, weight, out)
+        return weight.call(width, rows)(x, out)
     columns, outputs = weight.geometry.columns, weight.geometry.rows
     for start in range(0, rows, MOST):
-        plan = weight.plan(width, min(MOST, rows - start))
-        if not plan.run(_from_row(x, start, columns), weight, _from_row(out, start, outputs)):
+        call = weight.call(width, min(MOST, rows - start))
+        if not call(_from_row(x, start, columns), _from_row(out, start, outputs)):
             return False
     return True
 

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from quantcore import QuantizedTensor, Scheme
+from quantcore import QuantizedTensor
 from quantcore_backends.cpu_kernels import compiled, compiled_microscaled, integer
 from quantcore_backends.cpu_kernels.weights import FLOAT32, TILE, Leaves, column_step, decode_block
 
@@ -61,21 +61,28 @@ def dot(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any], precision: str = "d
 
 def _rounded_product(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any], precision: str) -> Array | None:
     """The usual case, kept short: one matrix, and x in float32 that integers serve. None in any other."""
-    packed = qw.packed
-    if packed.ndim != 2 or x.dtype != FLOAT32 or dtype == _FLOAT64 or not x.size or qw.transposed:
+    if x.dtype != FLOAT32 or dtype == _FLOAT64 or not x.size:
         return None
-    if not integer.serves(qw.scheme):
+    weight = _weight(qw)
+    if weight is None:
         return None
     rows = np.ascontiguousarray(x)
     if x.ndim != 2:
         rows = rows.reshape(-1, x.shape[-1])
-    product = _integer_product(rows, _weight(qw, (packed, qw.scales, qw.biases)), precision)
+    product = _integer_product(rows, weight, precision)
     if product is None:
         return None
     if dtype != FLOAT32:
         with np.errstate(over="ignore"):
             product = product.astype(dtype)
     return product if x.ndim == 2 else product.reshape(*x.shape[:-1], product.shape[1])
+
+
+def _integer_product(x: Array, weight: integer.Weight, precision: str) -> Array | None:
+    """The product with x made integers; None where these don't serve."""
+    rows = x.shape[0]
+    out = np.empty((rows, weight.geometry.rows), np.float32)
+    return out if not out.size or multiply(x, rows, weight, out, precision) else None
 
 
 def multiply(x: Array | int, rows: int, weight: integer.Weight, out: Array | int, precision: str) -> bool:
@@ -90,22 +97,12 @@ def multiply(x: Array | int, rows: int, weight: integer.Weight, out: Array | int
     weight : Weight, shape (N, K)
     precision : {"highest", "default", "fast"}
     """
-    for width in _widths(weight.geometry.scheme, precision, rows):
+    if precision == "highest" and rows > integer.WIDE_ROWS:
+        return False
+    for width in weight.widths[precision]:  # noqa: SIM110 - a generator would take 0.6 µs
         if integer.multiply(x, rows, weight, out, width):
             return True
     return False
-
-
-def _integer_product(x: Array, weight: integer.Weight, precision: str) -> Array | None:
-    """The product with x made integers; None where these don't serve."""
-    out = np.empty((x.shape[0], weight.geometry.rows), np.float32)
-    return out if not out.size or multiply(x, x.shape[0], weight, out, precision) else None
-
-
-def _widths(scheme: Scheme, precision: str, rows: int) -> tuple[int, ...]:
-    if precision == "highest" and rows > integer.WIDE_ROWS:
-        return ()
-    return integer.widths(scheme, integer.WIDTHS[precision])
 
 
 def _stacked(x: Array, plan: "_Plan") -> Array:
@@ -219,7 +216,9 @@ def _compiled_product(x: Array, leaves: Leaves, plan: _Plan) -> Array | None:
     if x.size == 0 or qw.transposed:
         return None
     if plan.integers:
-        product = _integer_product(x, _weight(qw, leaves), plan.precision)
+        weight = _weight(qw) if leaves[0] is qw.packed else None
+        weight = weight or integer.Weight.of(*leaves, qw.scheme, qw.in_features)
+        product = _integer_product(x, weight, plan.precision)
         if product is not None:
             return product
     if _few(x):
@@ -232,15 +231,15 @@ def _compiled_product(x: Array, leaves: Leaves, plan: _Plan) -> Array | None:
 _weights: dict[int, tuple[weakref.ref[QuantizedTensor], integer.Weight]] = {}
 
 
-def _weight(qw: QuantizedTensor, leaves: Leaves) -> integer.Weight:
-    """The weight as the kernels take it, kept as long as the tensor where that has one matrix."""
-    if leaves[0] is not qw.packed:
-        return integer.Weight.of(*leaves, qw.scheme, qw.in_features)
+def _weight(qw: QuantizedTensor) -> integer.Weight | None:
+    """A matrix as the kernels on integers take it, kept as long as the tensor; None where they don't."""
     key = id(qw)
     found = _weights.get(key)
     if found is not None and found[0]() is qw:
         return found[1]
-    weight = integer.Weight.of(*leaves, qw.scheme, qw.in_features)
+    if qw.packed.ndim != 2 or qw.transposed or not integer.serves(qw.scheme):
+        return None
+    weight = integer.Weight.of(qw.packed, qw.scales, qw.biases, qw.scheme, qw.in_features)
     _weights[key] = weakref.ref(qw, lambda _: _weights.pop(key, None)), weight
     return weight
 
