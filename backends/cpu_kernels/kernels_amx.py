@@ -32,7 +32,7 @@ from quantcore_backends.cpu_kernels.simd import prefetch
 from quantcore_backends.cpu_kernels.simd_amx import configure, matrix_product, release
 from quantcore_backends.cpu_kernels.simd_int import chunk_codes
 from quantcore_backends.cpu_kernels.tiles import codes_side_by_side, widen
-from quantcore_backends.cpu_kernels.vectors import LANES
+from quantcore_backends.cpu_kernels.vectors import LANES, VECTOR_BYTES
 
 __all__ = ["matrix_tiles"]
 
@@ -42,8 +42,6 @@ _TOGETHER: Final = 4
 """Blocks of x, at most, that go over the same codes before the next ones: a power of two."""
 _NEAREST: Final = 32 * 1024
 """Bytes of them that stay in the nearest cache."""
-_LINE: Final = LANES * 4
-"""Bytes of a row of sums, or of a tile's scales of a group."""
 _PANEL: Final = MATRIX_COLUMNS * LANES
 """Bytes of a tile's codes."""
 
@@ -65,12 +63,12 @@ class _Scratch(NamedTuple):
 def _scratch(job, thread, run):
     codes = job.scratch + thread * job.scratch_size
     scales = codes + MATRIX_TILES * _PANEL
-    spill = scales + MATRIX_TILES * (MATRIX_COLUMNS // run * 2 * _LINE)
+    spill = scales + MATRIX_TILES * (MATRIX_COLUMNS // run * 2 * VECTOR_BYTES)
     configuration = spill + SPILL
     addresses = configuration + CONFIGURATION
     spare = addresses + 8 * LANES
     sums = spare + LANES * (MATRIX_COLUMNS + SPARE)
-    sums_size = (job.rows + _LOW - 1) // _LOW * _LOW * _LINE
+    sums_size = (job.rows + _LOW - 1) // _LOW * _LOW * VECTOR_BYTES
     return _Scratch(codes, scales, spill, configuration, addresses, spare, sums, sums_size)
 
 
@@ -106,8 +104,8 @@ def _multiply(job, m, first, end, tile, start, group, scratch, height, run, laye
         job.codes + before * (run * layers),
         job.code_scales + before * 8,
         scratch.codes + tile * _PANEL + (first - start) * (run * LANES),
-        scratch.scales + beside * (2 * _LINE),
-        scratch.sums + tile * scratch.sums_size + m * _LINE,
+        scratch.scales + beside * (2 * VECTOR_BYTES),
+        scratch.sums + tile * scratch.sums_size + m * VECTOR_BYTES,
         scratch.spill,
         end - first,
         job.group_runs - first % job.group_runs,
@@ -132,7 +130,7 @@ def matrix_tiles(bits: int, run: int, width: int) -> Any:
         job = job_at(address)
         runs = (job.in_features + run - 1) // run
         scratch = _scratch(job, thread, run)
-        high = scratch.sums_size // (MATRIX_HEIGHT * _LINE) * MATRIX_HEIGHT
+        high = scratch.sums_size // (MATRIX_HEIGHT * VECTOR_BYTES) * MATRIX_HEIGHT
         together = _TOGETHER
         while together > max(1, high // MATRIX_HEIGHT):
             together //= 2
@@ -146,7 +144,7 @@ def matrix_tiles(bits: int, run: int, width: int) -> Any:
                 for tile in range(tiles):
                     n = (part + tile) * LANES
                     _lay(job, n, start, end, scratch.codes + tile * _PANEL, scratch, bits, run, held, chunk)
-                    to = scratch.scales + tile * laid * (2 * _LINE)
+                    to = scratch.scales + tile * laid * (2 * VECTOR_BYTES)
                     lay_scales(job, n, 1, group, groups, to, scratch.addresses)
                 if high:
                     configure(scratch.configuration, MATRIX_HEIGHT, run)

@@ -28,11 +28,10 @@ from quantcore_backends.cpu_kernels.simd import (
     zero,
 )
 from quantcore_backends.cpu_kernels.simd_int import chunk_codes, dot, spread, spread_first, to_floats
-from quantcore_backends.cpu_kernels.vectors import LANES, SCALE_BYTES
+from quantcore_backends.cpu_kernels.vectors import LANES, SCALE_BYTES, VECTOR_BYTES
 
 __all__ = ["four", "four_rows", "further", "rows_of", "scales_of"]
 
-_VECTOR: Final = 4 * LANES
 _LOWERED: Final = 1 / RAISED
 
 
@@ -75,9 +74,9 @@ def _lay(to, scales, biases, left, x_scales, x_sums, sums, kind, several):
     kind, several = literally(kind), literally(several)
     of_x = load(x_scales)
     store(to, times(spread_first(scales[0], kind, several, left), of_x))
-    store(to + _VECTOR, times(spread_first(scales[1], kind, several, left), of_x))
-    store(to + 2 * _VECTOR, times(spread_first(scales[2], kind, several, left), of_x))
-    store(to + 3 * _VECTOR, times(spread_first(scales[3], kind, several, left), of_x))
+    store(to + VECTOR_BYTES, times(spread_first(scales[1], kind, several, left), of_x))
+    store(to + 2 * VECTOR_BYTES, times(spread_first(scales[2], kind, several, left), of_x))
+    store(to + 3 * VECTOR_BYTES, times(spread_first(scales[3], kind, several, left), of_x))
     of_x = load(x_sums)
     return (
         fma(spread_first(biases[0], kind, several, left), of_x, sums[0]),
@@ -99,9 +98,9 @@ def _add(sums, packed, x, laid, bits, width, chunks, runs):
     )
     return (
         fma(products[0], spread(laid, 0, runs), sums[0]),
-        fma(products[1], spread(laid + _VECTOR, 0, runs), sums[1]),
-        fma(products[2], spread(laid + 2 * _VECTOR, 0, runs), sums[2]),
-        fma(products[3], spread(laid + 3 * _VECTOR, 0, runs), sums[3]),
+        fma(products[1], spread(laid + VECTOR_BYTES, 0, runs), sums[1]),
+        fma(products[2], spread(laid + 2 * VECTOR_BYTES, 0, runs), sums[2]),
+        fma(products[3], spread(laid + 3 * VECTOR_BYTES, 0, runs), sums[3]),
     )
 
 
@@ -136,12 +135,16 @@ def four_rows(bits: int, kind: int, run: int, sharing: int, width: int, together
                 sums = sums1 = (zero(), zero(), zero(), zero())
                 for start in range(0, steps, vector_steps):
                     vector = start // vector_steps
-                    at, left, xi = vector * next_scales, job.groups - vector * next_scales // size, vector * _VECTOR
+                    at, left, xi = (
+                        vector * next_scales,
+                        job.groups - vector * next_scales // size,
+                        vector * VECTOR_BYTES,
+                    )
                     s = further(scales, at)
                     b = further(s, beside)
                     sums = _lay(laid, s, b, left, xs + xi, x_sums + xi, sums, kind, several)
                     if together == 2:
-                        sums1 = _lay(laid + 4 * _VECTOR, s, b, left, xs1 + xi, x_sums1 + xi, sums1, kind, several)
+                        sums1 = _lay(laid + 4 * VECTOR_BYTES, s, b, left, xs1 + xi, x_sums1 + xi, sums1, kind, several)
                     prefetch_lines(near_scales + 4 * at, 4 * next_scales)
                     prefetch_lines(near_scales + beside + 4 * at, 4 * next_scales)
                     for i in range(start, min(start + vector_steps, steps)):
@@ -149,7 +152,7 @@ def four_rows(bits: int, kind: int, run: int, sharing: int, width: int, together
                         prefetch_lines(near_codes + 4 * i * packed_step, 4 * packed_step)
                         sums = _add(sums, p, x + xi, laid + li, bits, width, chunks, step_runs)
                         if together == 2:
-                            li += 4 * _VECTOR
+                            li += 4 * VECTOR_BYTES
                             sums1 = _add(sums1, p, x1 + xi, laid + li, bits, width, chunks, step_runs)
                 bad = minus(bad, _give(job, n, last, m, sums))
                 if together == 2:

@@ -25,14 +25,13 @@ from quantcore_backends.cpu_kernels.simd_int24 import (
     to_integers,
     zero_codes,
 )
-from quantcore_backends.cpu_kernels.vectors import LANES
+from quantcore_backends.cpu_kernels.vectors import LANES, VECTOR_BYTES
 
 __all__ = ["four_rows"]
 
 _WIDTH: Final = 24
 _FLUSH: Final = 4096
 """Columns after which lanes go into float64."""
-_VECTOR: Final = 4 * LANES
 
 
 @njit(forceinline=True, **COMPILED)
@@ -101,7 +100,7 @@ def four_rows(bits: int, run: int, scales: int) -> Any:
                     for i in range(start, min(start + flush, steps)):
                         xi, pi, g = x + i * codes_step, i * packed_step, (i * scales >> job.group_shift) * 4
                         xv = spread(xs + i * (step_runs * 4), 0, step_runs)
-                        xi_sum = spread_integers(sums + i * _VECTOR, LANES)
+                        xi_sum = spread_integers(sums + i * VECTOR_BYTES, LANES)
                         prefetch_lines(near_codes + 4 * pi, 4 * packed_step)
                         prefetch_lines(near_scales + g * job.scale_step, 1)
                         prefetch_lines(near_scales + beside + g * job.scale_step, 1)
@@ -120,8 +119,8 @@ def four_rows(bits: int, run: int, scales: int) -> Any:
                     d0, d1, d2, d3 = d0 + total(t0), d1 + total(t1), d2 + total(t2), d3 + total(t3)
                 # The raised biases are small: they have their own lanes, lest they be lost beside the products.
                 t0, t1, t2, t3 = zero(), zero(), zero(), zero()
-                for g in range(0, job.groups * 4, _VECTOR):
-                    xsum = load(sums + steps * _VECTOR + g)
+                for g in range(0, job.groups * 4, VECTOR_BYTES):
+                    xsum = load(sums + steps * VECTOR_BYTES + g)
                     t0, t1 = fma(load(r0 + g), xsum, t0), fma(load(r1 + g), xsum, t1)
                     t2, t3 = fma(load(r2 + g), xsum, t2), fma(load(r3 + g), xsum, t3)
                 d0, d1, d2, d3 = d0 + total(t0), d1 + total(t1), d2 + total(t2), d3 + total(t3)

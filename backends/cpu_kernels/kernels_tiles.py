@@ -20,14 +20,12 @@ from quantcore_backends.cpu_kernels.laying import give, held_bits, lay_scales
 from quantcore_backends.cpu_kernels.layout import SPARE, VECTORS
 from quantcore_backends.cpu_kernels.simd_int import chunk_codes
 from quantcore_backends.cpu_kernels.tiles import block_product, side_by_side, widen
-from quantcore_backends.cpu_kernels.vectors import LANES
+from quantcore_backends.cpu_kernels.vectors import LANES, VECTOR_BYTES
 
 __all__ = ["OUTPUTS", "tiles"]
 
 OUTPUTS: Final = VECTORS * LANES
 """Rows of the weight in a tile."""
-_LINE: Final = LANES * 4
-"""Bytes of a vector: with AVX-512, those of a cache line."""
 
 
 @njit(forceinline=True, **COMPILED)
@@ -38,8 +36,8 @@ def _lay(job, n, count, to, addresses, spare, bits, held, chunk):
     as well; the address behind it is returned.
     """
     bits = literally(bits)
-    before = job.packed % _LINE
-    if held != bits or before % 4 or job.packed_row % _LINE or n + OUTPUTS > job.safe:
+    before = job.packed % VECTOR_BYTES
+    if held != bits or before % 4 or job.packed_row % VECTOR_BYTES or n + OUTPUTS > job.safe:
         before = 0
     rows = addresses_at(addresses, LANES)
     for v in range(VECTORS):
@@ -52,8 +50,8 @@ def _lay(job, n, count, to, addresses, spare, bits, held, chunk):
                 row = widened
             rows[lane] = row
         for word in range(0, before // 4 + count, LANES):
-            side_by_side(addresses, word * 4, to + (word * VECTORS + v) * _LINE, VECTORS * _LINE)
-    return to + before // 4 * VECTORS * _LINE
+            side_by_side(addresses, word * 4, to + (word * VECTORS + v) * VECTOR_BYTES, VECTORS * VECTOR_BYTES)
+    return to + before // 4 * VECTORS * VECTOR_BYTES
 
 
 @cache
@@ -70,9 +68,9 @@ def tiles(bits: int, run: int, width: int, height: int) -> Any:
         runs = (job.in_features + run - 1) // run
         group_runs, next_run = job.group_runs, OUTPUTS * job.packed_row // max(1, runs)
         laid = job.scratch + thread * job.scratch_size
-        scales = laid + (job.tile_words + LANES) * (VECTORS * _LINE)
-        sums = scales + (job.groups + LANES - 1) // LANES * LANES * (2 * VECTORS * _LINE)
-        addresses = sums + (job.rows + 3) // 4 * 4 * (VECTORS * _LINE)
+        scales = laid + (job.tile_words + LANES) * (VECTORS * VECTOR_BYTES)
+        sums = scales + (job.groups + LANES - 1) // LANES * LANES * (2 * VECTORS * VECTOR_BYTES)
+        addresses = sums + (job.rows + 3) // 4 * 4 * (VECTORS * VECTOR_BYTES)
         spare = addresses + 8 * LANES
         for n in range(first * OUTPUTS, min(last * OUTPUTS, job.out_features), OUTPUTS):
             tile = _lay(job, n, runs * run * held // 32, laid, addresses, spare, bits, held, chunk)
@@ -83,7 +81,7 @@ def tiles(bits: int, run: int, width: int, height: int) -> Any:
             blank[:] = 0
             for m in range(0, job.rows, height):
                 x = job.codes + m * runs * (run * width // 8)
-                x_scales, to = job.code_scales + m * runs * 8, sums + m * (VECTORS * _LINE)
+                x_scales, to = job.code_scales + m * runs * 8, sums + m * (VECTORS * VECTOR_BYTES)
                 # While the first block is computed, the next tile comes near.
                 ahead, further = (job.packed + (n + OUTPUTS) * job.packed_row, next_run) if m == 0 else (tile, 0)
                 if height == 4 or job.rows - m > 4:

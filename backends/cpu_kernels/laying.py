@@ -8,7 +8,7 @@ from quantcore_backends.cpu_kernels.disk_cache import njit
 from quantcore_backends.cpu_kernels.job import COMPILED, addresses_at, floats_at, integers_at
 from quantcore_backends.cpu_kernels.simd import load, store
 from quantcore_backends.cpu_kernels.tiles import scales_side_by_side
-from quantcore_backends.cpu_kernels.vectors import LANES
+from quantcore_backends.cpu_kernels.vectors import LANES, VECTOR_BYTES
 
 __all__ = ["give", "held_bits", "lay_scales"]
 
@@ -27,7 +27,7 @@ def lay_scales(job, n, vectors, group, groups, to, addresses):
 
     Zeros follow, up to a multiple of LANES groups.
     """
-    line, stride = LANES * 4, 2 * vectors * LANES * 4
+    stride = 2 * vectors * VECTOR_BYTES
     rows = addresses_at(addresses, LANES)
     for v in range(vectors):
         for values, second in ((job.scales, 0), (job.biases, 1)):
@@ -35,7 +35,11 @@ def lay_scales(job, n, vectors, group, groups, to, addresses):
                 row = min(n + v * LANES + lane, job.out_features - 1)
                 rows[lane] = values + row * job.scale_row + group * job.scale_step
             for g in range(0, groups, LANES):
-                at, left, place = g * job.scale_step, groups - g, to + (second * vectors + v) * line + g * stride
+                at, left, place = (
+                    g * job.scale_step,
+                    groups - g,
+                    to + (second * vectors + v) * VECTOR_BYTES + g * stride,
+                )
                 if job.kind == 0:
                     scales_side_by_side(addresses, at, left, place, stride, 0)
                 elif job.kind == 1:
@@ -50,7 +54,7 @@ def give(job, sums, apart, n, tiles, vectors):
 
     A tile has some vectors of rows of the weight, the first tile from `n` on, for each row of x.
     """
-    size, most = vectors * LANES * 4, np.int32(0)
+    size, most = vectors * VECTOR_BYTES, np.int32(0)
     for tile in range(tiles):
         bits = integers_at(sums + tile * apart, job.rows * size // 4)
         for k in range(len(bits)):
@@ -60,7 +64,7 @@ def give(job, sums, apart, n, tiles, vectors):
     for m in range(job.rows):
         for tile in range(tiles):
             for v in range(vectors):
-                at, first = sums + tile * apart + m * size + v * (LANES * 4), n + (tile * vectors + v) * LANES
+                at, first = sums + tile * apart + m * size + v * VECTOR_BYTES, n + (tile * vectors + v) * LANES
                 to, left = job.out + m * job.out_row + first * 4, job.out_features - first
                 if left >= LANES:
                     store(to, load(at))

@@ -22,6 +22,7 @@ __all__ = [
     "SCALE_BYTES",
     "SHORT",
     "SHORTS",
+    "VECTOR_BYTES",
     "constant",
     "floats",
     "half_as_float",
@@ -52,6 +53,9 @@ _HALVES: Final = target_has("f16c") or platform.machine().lower() not in ("x86_6
 
 LANES: Final = 16 if target_has("avx512f") and target_has("avx512bw") else 8
 """32-bit lanes of a vector: 16 with AVX-512, else 8, which LLVM splits where registers are narrower."""
+
+VECTOR_BYTES: Final = 4 * LANES
+"""Bytes of a vector: with AVX-512, those of a cache line."""
 
 SCALE_BYTES: Final = (4, 2, 2)
 """Of each kind of scales: float32, float16, bfloat16."""

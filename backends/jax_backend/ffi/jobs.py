@@ -119,7 +119,7 @@ def multiply(frame, spec, block, product, products, row, count, width, served):
     groups = scale_row // (4 if kind == 0 else 2)
     run = min(group, _MOST_RUN) if group else _MOST_RUN
     height = 0
-    if width < 24 and all_rows > _FEW_ROWS:
+    if width < 24 and _together(all_rows, _FEW_ROWS) == 0:
         height = number
         sizes = _of_tiles(count, columns, groups, bits, run, LANES, width, height)
     else:
