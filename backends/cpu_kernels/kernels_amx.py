@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 
 from numba import literally
 
+from quantcore_backends.cpu_kernels.ahead import prefetch_lines
 from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
 from quantcore_backends.cpu_kernels.job import (
     COMPILED,
@@ -28,7 +29,6 @@ from quantcore_backends.cpu_kernels.layout import (
     SPARE,
     SPILL,
 )
-from quantcore_backends.cpu_kernels.simd import prefetch
 from quantcore_backends.cpu_kernels.simd_amx import configure, matrix_product, release
 from quantcore_backends.cpu_kernels.simd_int import chunk_codes
 from quantcore_backends.cpu_kernels.tiles import codes_side_by_side, widen
@@ -79,7 +79,7 @@ def _lay(job, n, start, end, to, scratch, bits, run, held, chunk):
     rows, count = addresses_at(scratch.addresses, LANES), (end - start) * run
     for lane in range(LANES):
         its = row_of(job, min(n + lane, job.out_features - 1)) + start * run * bits // 8
-        prefetch(its + LANES * job.packed_row)
+        prefetch_lines(its + LANES * job.packed_row, count * bits // 8)  # the next tile's
         if held != bits:
             # Codes that cross words are widened to bytes before.
             widened = scratch.spare + lane * (MATRIX_COLUMNS + SPARE)
@@ -89,6 +89,15 @@ def _lay(job, n, start, end, to, scratch, bits, run, held, chunk):
         rows[lane] = its
     for code in range(0, count, LANES * 32 // held):
         codes_side_by_side(scratch.addresses, code * held // 8, to + code * LANES, held)
+
+
+@njit(**COMPILED)
+def _prefetch_scales(job, n, group, groups):
+    """Begin to bring near what :func:`lay_scales` takes of LANES rows from `n` on."""
+    for row in range(n, n + LANES):
+        at = row * job.scale_row + group * job.scale_step
+        prefetch_lines(job.scales + at, groups * job.scale_step)
+        prefetch_lines(job.biases + at, groups * job.scale_step)
 
 
 @njit(forceinline=True, **COMPILED)
@@ -146,6 +155,7 @@ def matrix_tiles(bits: int, run: int, width: int) -> Any:
                     _lay(job, n, start, end, scratch.codes + tile * _PANEL, scratch, bits, run, held, chunk)
                     to = scratch.scales + tile * laid * (2 * VECTOR_BYTES)
                     lay_scales(job, n, 1, group, groups, to, scratch.addresses)
+                    _prefetch_scales(job, n + LANES, group, groups)
                 if high:
                     configure(scratch.configuration, MATRIX_HEIGHT, run)
                 for block in range(0, high, together * MATRIX_HEIGHT):
