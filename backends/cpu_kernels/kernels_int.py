@@ -135,11 +135,8 @@ def four_rows(bits: int, kind: int, run: int, sharing: int, width: int, together
                 sums = sums1 = (zero(), zero(), zero(), zero())
                 for start in range(0, steps, vector_steps):
                     vector = start // vector_steps
-                    at, left, xi = (
-                        vector * next_scales,
-                        job.groups - vector * next_scales // size,
-                        vector * VECTOR_BYTES,
-                    )
+                    at, xi = vector * next_scales, vector * VECTOR_BYTES
+                    left = job.groups - at // size
                     s = further(scales, at)
                     b = further(s, beside)
                     sums = _lay(laid, s, b, left, xs + xi, x_sums + xi, sums, kind, several)

@@ -35,11 +35,8 @@ def lay_scales(job, n, vectors, group, groups, to, addresses):
                 row = min(n + v * LANES + lane, job.out_features - 1)
                 rows[lane] = values + row * job.scale_row + group * job.scale_step
             for g in range(0, groups, LANES):
-                at, left, place = (
-                    g * job.scale_step,
-                    groups - g,
-                    to + (second * vectors + v) * VECTOR_BYTES + g * stride,
-                )
+                at, left = g * job.scale_step, groups - g
+                place = to + (second * vectors + v) * VECTOR_BYTES + g * stride
                 if job.kind == 0:
                     scales_side_by_side(addresses, at, left, place, stride, 0)
                 elif job.kind == 1:

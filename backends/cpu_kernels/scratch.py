@@ -1,16 +1,14 @@
 """Memory that a call needs only while it runs."""
 
 import threading
-from typing import Any, Final, TypeAlias
+from typing import Final
 
 import numpy as np
 
+from quantcore.memory import aligned_empty
+
 __all__ = ["scratch"]
 
-Array: TypeAlias = np.ndarray[Any, Any]
-
-_LINE: Final = 64
-"""Bytes of a cache line."""
 _KEPT: Final = 1 << 20
 """Bytes, at most, that a thread keeps for its next call: allocating takes a tenth of the time of a small product."""
 
@@ -21,8 +19,8 @@ class _Memory:
     __slots__ = ("_held", "address", "size")
 
     def __init__(self, size: int) -> None:
-        self._held = np.empty(size + _LINE, np.uint8)
-        self.address, self.size = -(-self._held.ctypes.data // _LINE) * _LINE, size
+        self._held = aligned_empty((size,), np.uint8)
+        self.address, self.size = self._held.ctypes.data, size
 
 
 class _Kept(threading.local):
