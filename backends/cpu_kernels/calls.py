@@ -50,7 +50,7 @@ def call(pool: Any, x: Any, out: Any, record: Any, memory: Any) -> Any:
     memory : int
         Address of scratch memory, that of a cache line.
     """
-    given, job = addresses_at(record, _FIELDS + 8), addresses_at(memory, _FIELDS)
+    given, job = addresses_at(record, _SLOT + 1), addresses_at(memory, _FIELDS)
     job[:] = given[:_FIELDS]
     job[_X], job[_OUT] = _address(x), _address(out)
     for field in (_CODES, _CODES + 1, _CODES + 2, _COPY, _SCRATCH):

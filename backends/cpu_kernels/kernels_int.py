@@ -97,10 +97,10 @@ def _add(sums, packed, x, laid, bits, width, chunks, runs):
         to_floats(dot(packed[3], x, bits, width, chunks)),
     )
     return (
-        fma(products[0], spread(laid, 0, runs), sums[0]),
-        fma(products[1], spread(laid + VECTOR_BYTES, 0, runs), sums[1]),
-        fma(products[2], spread(laid + 2 * VECTOR_BYTES, 0, runs), sums[2]),
-        fma(products[3], spread(laid + 3 * VECTOR_BYTES, 0, runs), sums[3]),
+        fma(products[0], spread(laid, runs), sums[0]),
+        fma(products[1], spread(laid + VECTOR_BYTES, runs), sums[1]),
+        fma(products[2], spread(laid + 2 * VECTOR_BYTES, runs), sums[2]),
+        fma(products[3], spread(laid + 3 * VECTOR_BYTES, runs), sums[3]),
     )
 
 

@@ -46,11 +46,11 @@ def _lay_row(scales, biases, left, to, laid, top, kind):
 
 
 @njit(**COMPILED)
-def _lay(scales, beside, groups, to, laid, top, kind, size):
+def _lay(scales, beside, groups, to, laid, top, kind, step):
     """Lay four rows' scales of a kind, its raised biases, and its codes of 0."""
-    kind, size = literally(kind), literally(size)
+    kind = literally(kind)
     for g in range(0, groups, LANES):
-        s, left = further(scales, g * size), groups - g
+        s, left = further(scales, g * step), groups - g
         b = further(s, beside)
         _lay_row(s[0], b[0], left, to + g * 4, laid, top, kind)
         _lay_row(s[1], b[1], left, to + g * 4 + 3 * laid, laid, top, kind)
@@ -84,11 +84,11 @@ def four_rows(bits: int, run: int, scales: int) -> Any:
             p0, p1, p2, p3 = rows_of(job, numbers)
             beginnings = scales_of(job, numbers)
             if job.kind == 0:
-                _lay(beginnings, beside, job.groups, s0, laid, top, 0, 4)
+                _lay(beginnings, beside, job.groups, s0, laid, top, 0, job.scale_step)
             elif job.kind == 1:
-                _lay(beginnings, beside, job.groups, s0, laid, top, 1, 2)
+                _lay(beginnings, beside, job.groups, s0, laid, top, 1, job.scale_step)
             else:
-                _lay(beginnings, beside, job.groups, s0, laid, top, 2, 2)
+                _lay(beginnings, beside, job.groups, s0, laid, top, 2, job.scale_step)
             for m in range(job.rows):
                 x, xs = job.codes + m * job.codes_row, job.code_scales + m * job.code_scales_row
                 sums = job.sums + m * job.sums_row
@@ -99,7 +99,7 @@ def four_rows(bits: int, run: int, scales: int) -> Any:
                     t0, t1, t2, t3 = zero(), zero(), zero(), zero()
                     for i in range(start, min(start + flush, steps)):
                         xi, pi, g = x + i * codes_step, i * packed_step, (i * scales >> job.group_shift) * 4
-                        xv = spread(xs + i * (step_runs * 4), 0, step_runs)
+                        xv = spread(xs + i * (step_runs * 4), step_runs)
                         xi_sum = spread_integers(sums + i * VECTOR_BYTES, LANES)
                         prefetch_lines(near_codes + 4 * pi, 4 * packed_step)
                         prefetch_lines(near_scales + g * job.scale_step, 1)
@@ -114,8 +114,8 @@ def four_rows(bits: int, run: int, scales: int) -> Any:
                         c3 = minus_products(c3, xi_sum, spread_integers(z3 + g, scales))
                         a0, a1 = times(to_floats(c0), xv), times(to_floats(c1), xv)
                         a2, a3 = times(to_floats(c2), xv), times(to_floats(c3), xv)
-                        t0, t1 = fma(a0, spread(s0 + g, 0, scales), t0), fma(a1, spread(s1 + g, 0, scales), t1)
-                        t2, t3 = fma(a2, spread(s2 + g, 0, scales), t2), fma(a3, spread(s3 + g, 0, scales), t3)
+                        t0, t1 = fma(a0, spread(s0 + g, scales), t0), fma(a1, spread(s1 + g, scales), t1)
+                        t2, t3 = fma(a2, spread(s2 + g, scales), t2), fma(a3, spread(s3 + g, scales), t3)
                     d0, d1, d2, d3 = d0 + total(t0), d1 + total(t1), d2 + total(t2), d3 + total(t3)
                 # The raised biases are small: they have their own lanes, lest they be lost beside the products.
                 t0, t1, t2, t3 = zero(), zero(), zero(), zero()

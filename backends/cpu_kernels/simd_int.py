@@ -271,23 +271,22 @@ def to_floats(typing: Any, vector: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def spread(typing: Any, address: Any, kind: Any, count: Any) -> Any:
-    """`count` floats from memory over the lanes, each in a run of them; `kind` as in :func:`simd.scale_at`."""
-    chosen, number = kind.literal_value, count.literal_value
+def spread(typing: Any, address: Any, count: Any) -> Any:
+    """`count` float32 from memory over the lanes, each in a run of them."""
+    number = count.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        stored = (FLOAT, SHORT, SHORT)[chosen]
         if number == 1:
-            return repeat(builder, _widened(builder, read(builder, args[0], stored), chosen), LANES)
-        several = _widened(builder, read(builder, args[0], ir.VectorType(stored, number)), chosen)
+            return repeat(builder, read(builder, args[0], FLOAT), LANES)
+        several = read(builder, args[0], ir.VectorType(FLOAT, number))
         return shuffled(builder, several, [lane * number // LANES for lane in range(LANES)])
 
-    return floats(types.intp, kind, count), generate
+    return floats(types.intp, count), generate
 
 
 @intrinsic(prefer_literal=True)
 def spread_first(typing: Any, address: Any, kind: Any, count: Any, first: Any) -> Any:
-    """As :func:`spread`, but only the first few of them are read; 0 stands for the others."""
+    """As :func:`spread`, of any kind of :func:`simd.scale_at`; only the first few are read, 0 stands for the others."""
     chosen, number = kind.literal_value, count.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -309,13 +308,11 @@ def first_floats(builder: Any, address: Any, left: Any, kind: int, count: int) -
 
 
 def _widened(builder: Any, stored: Any, kind: int) -> Any:
-    """A stored float, or a vector of them, as float32."""
+    """Stored floats as float32."""
     if kind == 0:
         return stored
-    count = stored.type.count if isinstance(stored.type, ir.VectorType) else 0
     if kind == 1:
         return half_as_float(builder, stored)
-    wide = ir.VectorType(FLOAT, count) if count else FLOAT
-    sixteen = constant([16] * count) if count else ir.Constant(DWORD, 16)
-    raised = builder.shl(builder.zext(stored, ir.VectorType(DWORD, count) if count else DWORD), sixteen)
-    return builder.bitcast(raised, wide)
+    count = stored.type.count
+    raised = builder.shl(builder.zext(stored, ir.VectorType(DWORD, count)), constant([16] * count))
+    return builder.bitcast(raised, ir.VectorType(FLOAT, count))
