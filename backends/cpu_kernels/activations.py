@@ -1,4 +1,4 @@
-"""Rows of x as integers of 24, 16 or 8 bits, a scale for each run of at most 64, in the order of the dots.
+"""Rows of x as integers of 24, 16 or 8 bits, a scale for each run of at most 64, in the order of the dots; or floats.
 
 The error that this makes is measured as it is made, so that rows which integers don't serve (an element far larger than
 the others of its run, values that aren't finite) are refused, and computed in floats.
@@ -17,11 +17,12 @@ from quantcore_backends.cpu_kernels.job import (
     integers_at,
     job_at,
 )
+from quantcore_backends.cpu_kernels.layout import FLOAT_WIDTH
 from quantcore_backends.cpu_kernels.simd_int import Form, chunk_codes, form, lane_codes
 from quantcore_backends.cpu_kernels.simd_rounding import place, rounded
 from quantcore_backends.cpu_kernels.vectors import LANES
 
-__all__ = ["RAISED", "block_height", "block_rounder", "row_rounder", "run_length", "step_codes"]
+__all__ = ["RAISED", "block_copier", "block_height", "block_rounder", "row_rounder", "run_length", "step_codes"]
 
 _RUN: Final = 64
 RAISED: Final = np.float32(1 << 15)
@@ -31,9 +32,9 @@ Else the product with a weight's scale would lose digits below float32's normal 
 """
 
 
-def run_length(group: int | None) -> int:
-    """Elements of x that share a scale where a group of the weight has `group`."""
-    return _RUN if group is None else min(group, _RUN)
+def run_length(group: int | None, width: int = 16) -> int:
+    """Elements of x that share a scale where a group of the weight has `group`; or, of floats, that lie together."""
+    return _RUN if group is None or width == FLOAT_WIDTH else min(group, _RUN)
 
 
 def step_codes(bits: int, run: int) -> int:
@@ -177,5 +178,28 @@ def block_rounder(bits: int, run: int, width: int, height: int) -> Any:
                 place(integers.ctypes.data, to, run, each, planes, parts, layers, run, element)
             if refused(error, square, largest, bound):
                 job.refused = 1
+
+    return kernel
+
+
+@cache
+def block_copier(run: int, height: int) -> Any:
+    """Kernel that puts rows of x in the order of :func:`block_rounder` as they are; zeros fill up the last block."""
+
+    @cfunc(KERNEL, cache=True, **COMPILED)
+    def kernel(address, thread, first, last):
+        job = job_at(address)
+        columns = job.in_features
+        runs = (columns + run - 1) // run
+        for m in range(first, last):
+            x = floats_at(job.x + m * job.x_row, columns)
+            block = m // height * height
+            its_height = block_height(job.rows - block, height)
+            for r in range(runs):
+                start, at = r * run, (block * runs + r * its_height) * run
+                to = floats_at(job.codes + at * 4, its_height * run)
+                row, there = (m - block) * run, min(run, columns - start)
+                to[row : row + there] = x[start : start + there]
+                to[row + there : len(to) if m == job.rows - 1 else row + run] = 0
 
     return kernel

@@ -14,9 +14,9 @@ from quantcore_backends.cpu_kernels.threads import native_pool
 
 __all__ = [
     "FEW_ROWS",
+    "FLOATS",
     "MOST",
     "THREADED",
-    "WIDE_ROWS",
     "WIDTHS",
     "Geometry",
     "RowKernels",
@@ -39,10 +39,10 @@ _FLOAT32: Final = np.dtype(np.float32)
 _UINT32: Final = np.dtype(np.uint32)
 FEW_ROWS: Final = 4
 """Rows of x up to which it doesn't pay to lay the weight in tiles."""
-WIDE_ROWS: Final = 32
-"""Rows of 24-bit integers, for which there are no tiles, up to which BLAS isn't faster."""
 WIDTHS: Final = {"highest": 24, "default": 16, "fast": 8}
 """Bits of the integers that each precision asks for."""
+FLOATS: Final = layout.FLOAT_WIDTH
+"""Of tiles, the width that stands for x as it is, in float32."""
 THREADED: Final = 1 << 18
 """Multiplications worth a second thread."""
 MOST: Final = 512
@@ -65,6 +65,7 @@ def _compiled() -> SimpleNamespace:
         kernels_int,
         kernels_int24,
         kernels_tiles,
+        kernels_unpacked,
         laying,
         simd_amx,
         simd_int,
@@ -84,6 +85,7 @@ def _compiled() -> SimpleNamespace:
         rows24=kernels_int24,
         simd=simd_int,
         tiles=kernels_tiles,
+        unpacked=kernels_unpacked,
     )
 
 
@@ -105,11 +107,18 @@ def has_wide(scheme: Scheme) -> bool:
     return scheme.group_size is not None and _compiled().simd.takes_bytes(scheme.bits)
 
 
-def widths(scheme: Scheme, first: int) -> tuple[int, ...]:
-    """Bits of integers that are worth a try here where `first` are asked for: after 8, 16 lose less."""
+def widths(scheme: Scheme, first: int, tiled: bool) -> tuple[int, ...]:
+    """Widths that are worth a try here where `first` is asked for: after 8, 16 bits lose less, and floats nothing.
+
+    There are floats for many rows of x, which take tiles, and 24 bits for few. Neither are exact enough where a row of
+    the weight has one scale.
+    """
     if first == 24:
+        if tiled:
+            return (FLOATS,) if scheme.group_size is not None else ()
         return (24,) if has_wide(scheme) else ()
-    return (8, 16) if first == 8 and has_byte_dot(scheme) else (16,)
+    integers = (8, 16) if first == 8 and has_byte_dot(scheme) else (16,)
+    return (*integers, FLOATS) if tiled else integers
 
 
 class RowKernels(NamedTuple):
@@ -145,14 +154,19 @@ class TileKernels(NamedTuple):
 
 
 def tile_kernels(scheme: Scheme, width: int) -> TileKernels:
-    """What rounds many rows of x to integers of `width` bits, and what multiplies them."""
+    """What rounds many rows of x to integers of `width` bits, or lays them as floats, and what multiplies them."""
     modules = _compiled()
-    run = modules.activations.run_length(scheme.group_size)
+    run = modules.activations.run_length(scheme.group_size, width)
+    height = 8 if modules.lanes == 16 else 4
+    if width == FLOATS:
+        kernel = modules.unpacked.unpacked_tiles(scheme.bits, run, width, height)
+        return TileKernels(modules.activations.block_copier(run, height), kernel, height)
     if modules.matrix_units:
         height, kernel = layout.MATRIX_HEIGHT, modules.matrix.matrix_tiles(scheme.bits, run, width)
-    else:
-        height = 8 if modules.lanes == 16 else 4
+    elif modules.lanes == 16:
         kernel = modules.tiles.tiles(scheme.bits, run, width, height)
+    else:
+        kernel = modules.unpacked.unpacked_tiles(scheme.bits, run, width, height)
     rounder = modules.activations.block_rounder(modules.held_bits(scheme.bits), run, width, height)
     return TileKernels(rounder, kernel, height)
 
@@ -199,7 +213,10 @@ class Weight:
         self.geometry, self.addresses, self._held = geometry, addresses, held
         sizes = geometry.rows * geometry.packed_row, geometry.rows * geometry.scale_row
         self.slot = _compiled().ahead.slot_of(addresses[0], sizes[0], *addresses[1:], sizes[1])
-        self.widths = {precision: widths(geometry.scheme, width) for precision, width in WIDTHS.items()}
+        self.widths = {
+            precision: (widths(geometry.scheme, width, False), widths(geometry.scheme, width, True))
+            for precision, width in WIDTHS.items()
+        }
         self._calls: dict[tuple[int, int], _Call] = {}
 
     @classmethod
@@ -241,9 +258,9 @@ class _Plan:
         modules = _compiled()
         scheme, columns, outputs, words, groups, packed_row, scale_row, kind = geometry
         bits, group, lanes = scheme.bits, scheme.group_size or 0, modules.lanes
-        run = modules.activations.run_length(scheme.group_size)
+        run = modules.activations.run_length(scheme.group_size, width)
         self.height, together = 0, layout.together(rows, FEW_ROWS)
-        if width < 24 and not together:
+        if width != 24 and not together:
             rounder, kernel, self.height = tile_kernels(scheme, width)
             sizes = layout.of_tiles(rows, columns, groups, bits, run, lanes, width, self.height)
         else:
@@ -288,7 +305,7 @@ class _Call:
 
 
 def multiply(x: Operand, rows: int, weight: Weight, out: Operand, width: int) -> bool:
-    """``out = x @ w.T`` with x rounded to integers of `width` bits; whether these served, so that `out` is right.
+    """``out = x @ w.T`` with x rounded to `width` bits, or in floats; whether that served, so that `out` is right.
 
     Parameters
     ----------
@@ -299,7 +316,7 @@ def multiply(x: Operand, rows: int, weight: Weight, out: Operand, width: int) ->
     weight : Weight
         Of shape (N, K).
     width : int
-        16 or 8; or 24 for up to `WIDE_ROWS` rows of x.
+        16 or 8; 24 for few rows of x, `FLOATS` for more than `FEW_ROWS`.
     """
     if rows <= MOST:
         return weight.call(width, rows)(x, out)

@@ -16,6 +16,7 @@ __all__ = [
     "PLAN",
     "addresses_at",
     "bytes_at",
+    "doubles_at",
     "floats_at",
     "integers_at",
     "job_at",
@@ -92,6 +93,12 @@ def _pointer(typing: Any, address: Any) -> Any:
 def floats_at(address, count):
     """float32 memory as an array."""
     return carray(_pointer(address), count, np.float32)
+
+
+@njit(**COMPILED)
+def doubles_at(address, count):
+    """float64 memory as an array."""
+    return carray(_pointer(address), count, np.float64)
 
 
 @njit(**COMPILED)

@@ -15,12 +15,10 @@ from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
 from quantcore_backends.cpu_kernels.job import (
     COMPILED,
     KERNEL,
-    addresses_at,
     floats_at,
     job_at,
-    row_of,
 )
-from quantcore_backends.cpu_kernels.laying import give, held_bits, lay_scales
+from quantcore_backends.cpu_kernels.laying import find_rows, give, held_bits, lay_codes, lay_scales
 from quantcore_backends.cpu_kernels.layout import (
     CONFIGURATION,
     MATRIX_COLUMNS,
@@ -31,7 +29,6 @@ from quantcore_backends.cpu_kernels.layout import (
 )
 from quantcore_backends.cpu_kernels.simd_amx import configure, matrix_product, release
 from quantcore_backends.cpu_kernels.simd_int import chunk_codes
-from quantcore_backends.cpu_kernels.tiles import codes_side_by_side, widen
 from quantcore_backends.cpu_kernels.vectors import LANES, VECTOR_BYTES
 
 __all__ = ["matrix_tiles"]
@@ -75,20 +72,9 @@ def _scratch(job, thread, run):
 @njit(**COMPILED)
 def _lay(job, n, start, end, to, scratch, bits, run, held, chunk):
     """Unpack the codes of LANES rows from `n` on, those of some runs of columns."""
-    bits, held = literally(bits), literally(held)
-    rows, count = addresses_at(scratch.addresses, LANES), (end - start) * run
-    for lane in range(LANES):
-        its = row_of(job, min(n + lane, job.out_features - 1)) + start * run * bits // 8
-        prefetch_lines(its + LANES * job.packed_row, count * bits // 8)  # the next tile's
-        if held != bits:
-            # Codes that cross words are widened to bytes before.
-            widened = scratch.spare + lane * (MATRIX_COLUMNS + SPARE)
-            for code in range(0, count, chunk):
-                widen(its + code * bits // 8, widened + code, bits)
-            its = widened
-        rows[lane] = its
-    for code in range(0, count, LANES * 32 // held):
-        codes_side_by_side(scratch.addresses, code * held // 8, to + code * LANES, held)
+    count, spare_row = (end - start) * run, MATRIX_COLUMNS + SPARE
+    find_rows(job, n, LANES, start * run, count, scratch.addresses, scratch.spare, spare_row, bits, held, chunk)
+    lay_codes(count, to, 1, scratch.addresses, held, 4)
 
 
 @njit(**COMPILED)

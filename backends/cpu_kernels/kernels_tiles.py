@@ -14,12 +14,13 @@ from typing import Any, Final
 from numba import literally
 
 from quantcore_backends.cpu_kernels.ahead import prefetch_lines
+from quantcore_backends.cpu_kernels.blocks import block_product
 from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
 from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, addresses_at, floats_at, job_at, row_of
 from quantcore_backends.cpu_kernels.laying import give, held_bits, lay_scales
 from quantcore_backends.cpu_kernels.layout import SPARE, VECTORS
 from quantcore_backends.cpu_kernels.simd_int import chunk_codes
-from quantcore_backends.cpu_kernels.tiles import block_product, side_by_side, widen
+from quantcore_backends.cpu_kernels.tiles import side_by_side, widen
 from quantcore_backends.cpu_kernels.vectors import LANES, VECTOR_BYTES
 
 __all__ = ["OUTPUTS", "tiles"]

@@ -5,11 +5,14 @@ Plain arithmetic on plain integers, and no function calls another, so that each 
 
 __all__ = [
     "CONFIGURATION",
+    "FLOAT_WIDTH",
     "MATRIX_COLUMNS",
     "MATRIX_HEIGHT",
     "MATRIX_TILES",
     "SPARE",
     "SPILL",
+    "UNPACKED_COLUMNS",
+    "UNPACKED_TILES",
     "VECTORS",
     "bound",
     "of_few_rows",
@@ -36,6 +39,12 @@ MATRIX_TILES = 16
 """Tiles, of LANES of the weight's rows, that they take in one go: x is read so many times less."""
 SPILL = 4096
 """Bytes through which sums go from the units to vectors: those of two runs, of two layers each."""
+FLOAT_WIDTH = 32
+"""What stands for floats where others are widths of integers."""
+UNPACKED_COLUMNS = 512
+"""Columns of the weight that are laid in one go where codes are unpacked before; of floats, half as many."""
+UNPACKED_TILES = 8
+"""Tiles that are taken in one go there: x comes from memory so many times less."""
 CONFIGURATION = 64
 """Bytes that say how large the units' registers are."""
 _ROUNDED_TOGETHER = 8
@@ -129,6 +138,13 @@ def of_tiles(
         low = height // 2
         tile = lanes * (MATRIX_COLUMNS + MATRIX_COLUMNS // run * 8 + 4 * (-(-rows // low) * low))
         scratch = MATRIX_TILES * tile + SPILL + CONFIGURATION + lanes * (8 + MATRIX_COLUMNS + SPARE)
+    elif lanes < 16 or width == FLOAT_WIDTH:
+        laid = (
+            4 * UNPACKED_COLUMNS
+            + 8 * (UNPACKED_COLUMNS // run + lanes)
+            + (8 if width == FLOAT_WIDTH else 4) * UNPACKED_TILES * (rows + 8)
+        )
+        scratch = VECTORS * lanes * laid + lanes * (8 + 4 * lanes + UNPACKED_COLUMNS + SPARE)
     else:
         laid_groups = -(-groups // lanes) * lanes
         tile, addresses = 4 * VECTORS * lanes * (words + lanes + 2 * laid_groups + rows + 4), 8 * lanes
@@ -238,7 +254,7 @@ def plan(
         kind,
         elements,
         shift,
-        elements // run,
+        max(1, elements // run),
         outputs - copied,
         4 * words + max(0, beyond) + 63 & -64,
         codes,

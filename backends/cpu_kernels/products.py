@@ -29,7 +29,7 @@ def dot(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any], precision: str = "d
     """``matmul(x, matrix_transpose(qw))``, accumulated in float32, or float64 for a float64 x.
 
     Where Numba is there, x becomes integers of 16 bits, or 8 with "fast", a scale for each 64 at most; 24 with
-    "highest", for few rows. Not where that would lose more of x than the precision allows: then floats serve.
+    "highest", for few rows: many stay floats. So do all where integers would lose more of x than the precision allows.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ def _integer_product(x: Array, weight: integer.Weight, precision: str) -> Array 
 
 
 def multiply(x: Array | int, rows: int, weight: integer.Weight, out: Array | int, precision: str) -> bool:
-    """``out = x @ w.T`` with x made integers of the fewest bits that serve; whether any do, so that `out` is right.
+    """``out = x @ w.T`` by the first kernel that serves: integers of few bits, of more, floats; whether any does.
 
     Parameters
     ----------
@@ -97,9 +97,7 @@ def multiply(x: Array | int, rows: int, weight: integer.Weight, out: Array | int
     weight : Weight, shape (N, K)
     precision : {"highest", "default", "fast"}
     """
-    if precision == "highest" and rows > integer.WIDE_ROWS:
-        return False
-    for width in weight.widths[precision]:  # noqa: SIM110 - a generator would take 0.6 µs
+    for width in weight.widths[precision][rows > integer.FEW_ROWS]:
         if integer.multiply(x, rows, weight, out, width):
             return True
     return False

@@ -16,6 +16,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from quantcore_backends.cpu_kernels.layout import FLOAT_WIDTH
 from quantcore_backends.cpu_kernels.vectors import (
     BYTE,
     BYTES,
@@ -43,6 +44,7 @@ __all__ = [
     "Form",
     "add_products",
     "byte_dot",
+    "byte_pairs",
     "chunk_codes",
     "chunk_sums",
     "codes_of_words",
@@ -59,7 +61,7 @@ __all__ = [
 
 
 class Form(NamedTuple):
-    """How activations lie: as 16-bit integers, or as one to three layers of bytes, the upper ones first.
+    """How activations lie: as floats, as 16-bit integers, or as one to three layers of bytes, the upper ones first.
 
     `parts` is how many a word holds.
     """
@@ -93,6 +95,8 @@ def form(bits: int, width: int) -> Form:
     as two ``vpmaddubsw`` and their additions, and ``vpdpwssd`` would be as two ``vpdpbusd``, but LLVM takes chains of
     it apart.
     """
+    if width == FLOAT_WIDTH:
+        return Form(1, 1)
     if not takes_bytes(bits):
         if width != 16:
             raise ValueError(f"no dot of bytes for {bits} bits on this target")
@@ -158,8 +162,19 @@ def chunk_sums(builder: Any, packed: Any, x: Any, bits: int, width: int, chunks:
     return total
 
 
+def byte_pairs(bits: int) -> int:
+    """How many sums of two products of codes with bytes are added in 16 bits: none if the target's dot sums four."""
+    return max(1, 32767 // (2 * 128 * ((1 << bits) - 1))) if byte_dot(bits) == "maddubs" else 0
+
+
 def codes_of_words(builder: Any, words: Any, bits: int, plane: int, parts: int) -> Any:
-    """The plane-th code of each half or quarter of packed words, as 16-bit integers or bytes."""
+    """The plane-th code of packed words, or of each half or quarter of them, as int32, 16-bit integers or bytes."""
+    if parts == 1:
+        if plane:
+            words = builder.lshr(words, constant([plane * bits] * LANES))
+        if (plane + 1) * bits < 32:
+            words = builder.and_(words, constant([(1 << bits) - 1] * LANES))
+        return words
     if parts == 4:
         if plane:
             words = builder.lshr(words, constant([plane * bits] * LANES))
@@ -233,7 +248,7 @@ def _short_products(builder: Any, codes: Any, x: Any) -> Any:
 
 def _maddubs(builder: Any, total: Any, pairs: Sequence[tuple[Any, Any]], bits: int) -> Any:
     """Sums of pairs in 16 bits, as many as can't overflow, before they are widened."""
-    together = max(1, 32767 // (2 * 128 * ((1 << bits) - 1)))
+    together = byte_pairs(bits)
     for start in range(0, len(pairs), together):
         sums = [called(builder, "llvm.x86.avx2.pmadd.ub.sw", SHORTS, pair) for pair in pairs[start : start + together]]
         whole = sums[0]

@@ -21,7 +21,7 @@ _ANY: Final = 1 << 62
 _TABLE: Final = (
     # precision, how the weight's elements share scales, most rows of x, kernel
     ("highest", "row", _ANY, "few_rows"),
-    ("highest", "groups", integer.WIDE_ROWS, "rounded"),
+    ("highest", "groups", _ANY, "rounded"),
     ("default", "row", _ANY, "rounded"),
     ("default", "groups", _ANY, "rounded"),
     ("fast", "row", _ANY, "rounded"),
@@ -73,7 +73,8 @@ def described(scheme: Scheme, dtype: np.dtype[Any], rows: int, *, along_rows: bo
         return f"{XLA_TILES}, more slowly: {reason}"
     kernel = _kernel(precision, _sharing(scheme, along_rows), rows)
     if kernel == "rounded":
-        return _INTEGERS[integer.widths(scheme, integer.WIDTHS[precision])]
+        tried = integer.widths(scheme, integer.WIDTHS[precision], rows > integer.FEW_ROWS)
+        return _INTEGERS[tuple(width for width in tried if width != integer.FLOATS)]
     if kernel == "few_rows":
         return _FLOATS
     return (

@@ -43,7 +43,6 @@ def run(x: Any, qw: Any, precision: str) -> Any:
 
 def test_the_table_of_kernels() -> None:
     groups, row = qc.Scheme(bits=4, group_size=64), qc.Scheme(bits=4, group_size=None)
-    wide = integer.WIDE_ROWS
 
     def kernel(precision: str, scheme: Any, rows: int, along_rows: bool = False) -> str:
         return routes._kernel(precision, routes._sharing(scheme, along_rows), rows)
@@ -54,7 +53,7 @@ def test_the_table_of_kernels() -> None:
         assert kernel(precision, groups, 13, True) == "tiles"
         assert kernel(precision, qc.Scheme(bits=1, group_size=16), 12) == "few_rows"
         assert kernel(precision, qc.Scheme(bits=1, group_size=16), 13) == "tiles"
-    assert (kernel("highest", groups, wide), kernel("highest", groups, wide + 1)) == ("rounded", "tiles")
+    assert {kernel("highest", groups, rows) for rows in (1, 5, 1000)} == {"rounded"}
     assert kernel("highest", row, 1000) == "few_rows"
 
 
@@ -92,7 +91,7 @@ def test_the_same_as_numpy(rows: int, precision: str) -> None:
     qw, exact = weight((600, 1024), "affine-int4-g64")
     x = inputs(rows, 1024)
     made = run(x, qw, precision)
-    if precision == "highest" and (rows > integer.WIDE_ROWS or not integer.has_wide(qw.scheme)):
+    if precision == "highest" and rows <= integer.FEW_ROWS and not integer.has_wide(qw.scheme):
         assert nmse(made, x.astype(float) @ exact.T) <= BOUNDS[precision]
     else:
         np.testing.assert_array_equal(made, qc.dot(x, qw, precision=precision))

@@ -48,8 +48,8 @@ OPTIONS: Final[dict[str, Any]] = {"nogil": True, "cache": True, "boundscheck": F
 
 FIRST_BODY: Final = 16
 FIRST_ROUNDED: Final = 256
-KERNELS, KINDS, WIDEST = 7, 3, max(BITS)
-"""Kernels on integers of a scheme and kind of scales, kinds of scales, bits of a code at most."""
+KERNELS, KINDS, WIDEST = 8, 3, max(BITS)
+"""Kernels for rounded rows or tiles, of a scheme and kind of scales, kinds of scales, bits of a code at most."""
 _USED: Final = FIRST_ROUNDED + 3 * KERNELS * KINDS * WIDEST * (len(GROUP_SIZES) + 1)
 
 TABLE: Final = (ctypes.c_int64 * (_USED + 8))()

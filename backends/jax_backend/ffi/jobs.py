@@ -42,6 +42,7 @@ _SAFE, _COPY_ROW = PLAN.index("safe"), PLAN.index("copy_row")
 _MOST_RUN: Final = run_length(None)
 _THREADED: Final = integer.THREADED
 _FEW_ROWS: Final = integer.FEW_ROWS
+_FLOATS: Final = integer.FLOATS
 
 _bound = njit(**OPTIONS)(layout.bound)
 _of_few_rows = njit(**OPTIONS)(layout.of_few_rows)
@@ -56,14 +57,15 @@ _turns = njit(**OPTIONS)(layout.turns)
 def _entry(bits, group, kind, width, together):
     """Where in the table kernels stand: rounder, kernel, and codes at a time or rows of a block.
 
-    Of 24 bits there is one; of others for one row of x at a time, for tiles, and for two rows.
+    Of 24 bits and of floats there is one; of others for one row of x at a time, for tiles, and for two rows.
     """
     number = 0
     while group >> (4 + number):
         number += 1
     scheme = (number * WIDEST + bits - 1) * KINDS + kind
     others = 0 if width == 24 or together == 1 else 3 if together == 0 else 5
-    return FIRST_ROUNDED + 3 * (scheme * KERNELS + width // 8 - 1 + others)
+    kernel = KERNELS - 1 if width == _FLOATS else width // 8 - 1 + others
+    return FIRST_ROUNDED + 3 * (scheme * KERNELS + kernel)
 
 
 @njit(**OPTIONS)
@@ -75,8 +77,12 @@ def _kernels(spec, rows_of_x, width):
 
 @njit(**OPTIONS)
 def has_kernel(spec, block, width):
-    """Whether the kernels for integers of that width are loaded."""
-    return load64(_kernels(spec, load64(block + _COUNT), width)) != 0
+    """Whether there are kernels of that width for so many rows of x, and they are loaded."""
+    count = load64(block + _COUNT)
+    tiled = _together(count, _FEW_ROWS) == 0
+    if width == (24 if tiled else _FLOATS):
+        return False
+    return load64(_kernels(spec, count, width)) != 0
 
 
 @njit(**OPTIONS)
@@ -109,7 +115,7 @@ def _copy_last_rows(job):
 def multiply(frame, spec, block, product, products, row, count, width, served):
     """Multiply `count` rows of x from `row` on, of `products` from `product` on, that aren't served yet.
 
-    Marks those that integers of that width serve. False without memory.
+    Marks those that integers of that width, or floats, serve. False without memory.
     """
     bits, group, kind = load64(spec + _BITS), load64(spec + _GROUP), load64(spec + _KIND)
     all_rows, rows, columns = load64(block + _COUNT), load64(block + _ROWS), load64(block + _COLUMNS)
@@ -117,9 +123,9 @@ def multiply(frame, spec, block, product, products, row, count, width, served):
     entry = _kernels(spec, all_rows, width)
     rounder, kernel, number = load64(entry), load64(entry + 8), load64(entry + 16)
     groups = scale_row // (4 if kind == 0 else 2)
-    run = min(group, _MOST_RUN) if group else _MOST_RUN
+    run = min(group, _MOST_RUN) if group and width != _FLOATS else _MOST_RUN
     height = 0
-    if width < 24 and _together(all_rows, _FEW_ROWS) == 0:
+    if width != 24 and _together(all_rows, _FEW_ROWS) == 0:
         height = number
         sizes = _of_tiles(count, columns, groups, bits, run, LANES, width, height)
     else:
@@ -159,7 +165,6 @@ def load(scheme: Scheme, kind: int, width: int, together: int) -> None:
 
     `together` is as of :func:`layout.together`.
     """
-    tiled = width < 24 and not together
-    found = integer.tile_kernels(scheme, width) if tiled else integer.row_kernels(scheme, kind, width, together)
+    found = integer.row_kernels(scheme, kind, width, together) if together else integer.tile_kernels(scheme, width)
     place = _entry.py_func(scheme.bits, scheme.group_size or 0, kind, width, together)
     TABLE[place + 2], TABLE[place + 1], TABLE[place] = found[2], found.kernel.address, found.rounder.address

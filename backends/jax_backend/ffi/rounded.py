@@ -1,7 +1,7 @@
 """Products with x rounded to integers: of as few bits as are asked for and serve, else in floats.
 
-Of 24 bits, or first of 8 where that is asked for, then of 16. So many rows of x are done in one go as bound the memory:
-a product's rows in parts, or several products of few rows together.
+Of 24 bits, or first of 8 where that is asked for, then of 16. Floats have tiles for many rows of x. So many rows of x
+are done in one go as bound the memory: a product's rows in parts, or several products of few rows together.
 """
 
 from typing import Final
@@ -34,8 +34,8 @@ def _integers(frame, spec, block, product, products, row, count, served):
     """Multiply by as few bits as are asked for and serve, and mark what is done; False without memory."""
     first = load64(spec + _WIDTH)
     enough = True
-    for width in (24, 8, 16):
-        wanted = width == first or (width == 16 and first == 8)
+    for width in (24, 8, 16, integer.FLOATS):
+        wanted = width == first or (width == 16 and first == 8) or width == integer.FLOATS
         if enough and wanted and served.sum() < products and jobs.has_kernel(spec, block, width):
             enough = jobs.multiply(frame, spec, block, product, products, row, count, width, served)
     return enough

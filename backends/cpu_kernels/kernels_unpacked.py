@@ -1,0 +1,165 @@
+"""Kernels compiled by Numba: products of many rows of x with packed rows whose codes are unpacked before.
+
+So products are computed where there are few registers, and in float32. As many columns are done in one go as stay in
+the nearest cache when unpacked, of so many rows of the weight that x is seldom read from memory. For floats the weight
+is dequantized there, and sums of runs are added in float64: x and the weight may be such that roundings add up.
+"""
+
+from functools import cache
+from typing import Any, Final, NamedTuple
+
+from numba import literally
+
+from quantcore_backends.cpu_kernels.blocks import unpacked_product
+from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
+from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, doubles_at, floats_at, job_at
+from quantcore_backends.cpu_kernels.laying import find_rows, give, held_bits, lay_codes, lay_scales
+from quantcore_backends.cpu_kernels.layout import FLOAT_WIDTH, SPARE, UNPACKED_COLUMNS, UNPACKED_TILES, VECTORS
+from quantcore_backends.cpu_kernels.simd_int import chunk_codes, form
+from quantcore_backends.cpu_kernels.tiles import floats_of_words, side_by_side
+from quantcore_backends.cpu_kernels.vectors import LANES, VECTOR_BYTES
+
+__all__ = ["unpacked_tiles"]
+
+_OUTPUTS: Final = VECTORS * LANES
+"""Rows of the weight in a tile."""
+_LINE: Final = VECTORS * VECTOR_BYTES
+"""Bytes of a vector of each of these."""
+
+
+class _Scratch(NamedTuple):
+    """Addresses of a thread's scratch memory; behind `sums`, bytes of a tile's sums."""
+
+    codes: int
+    scales: int
+    addresses: int
+    words: int
+    spare: int
+    sums: int
+    sums_size: int
+
+
+@njit(**COMPILED)
+def _scratch(job, thread, run, width):
+    codes = job.scratch + thread * job.scratch_size
+    scales = codes + UNPACKED_COLUMNS * 4 * _OUTPUTS
+    words = scales + (UNPACKED_COLUMNS // run + LANES) * (2 * _LINE)
+    addresses = words + LANES * VECTOR_BYTES
+    spare = addresses + 8 * LANES
+    sums = spare + LANES * (UNPACKED_COLUMNS + SPARE)
+    size = (job.rows + 7) // 8 * 8 * _LINE * (2 if width == FLOAT_WIDTH else 1)
+    return _Scratch(codes, scales, addresses, words, spare, sums, size)
+
+
+@njit(**COMPILED)
+def _lay_floats(job, column, count, v, scratch, held):
+    """Dequantize `count` columns of one of a tile's vectors of rows, from `column` on."""
+    held = literally(held)
+    codes, words = 32 // held, job.group * held // 32
+    scale, left = scratch.scales + v * VECTOR_BYTES, (job.group - column % job.group) * held // 32
+    for code in range(0, count, LANES * codes):
+        side_by_side(scratch.addresses, code * held // 8, scratch.words, VECTOR_BYTES)
+        for word in range(min(LANES, (count - code) // codes)):
+            to = scratch.codes + (code + word * codes) * _LINE + v * VECTOR_BYTES
+            floats_of_words(scratch.words + word * VECTOR_BYTES, scale, scale + _LINE, to, _LINE, held)
+            left -= 1
+            if left == 0:
+                scale, left = scale + 2 * _LINE, words
+
+
+@njit(**COMPILED)
+def _lay(job, n, start, end, scratch, bits, run, held, parts, chunk):
+    """Unpack the codes of a tile's rows from `n` on, those of some runs of columns, and lay their scales."""
+    held, parts = literally(held), literally(parts)
+    column, count = start * run, (end - start) * run
+    there = min(count, job.in_features - column)
+    group = column // job.group
+    groups = (column + there - 1) // job.group + 1 - group
+    lay_scales(job, n, VECTORS, group, groups, scratch.scales, scratch.addresses)
+    for v in range(VECTORS):
+        spare_row = UNPACKED_COLUMNS + SPARE
+        find_rows(
+            job,
+            n + v * LANES,
+            _OUTPUTS,
+            column,
+            count,
+            scratch.addresses,
+            scratch.spare,
+            spare_row,
+            bits,
+            held,
+            chunk,
+        )
+        if parts == 1:
+            _lay_floats(job, column, (there * held + 31) // 32 * (32 // held), v, scratch, held)
+        else:
+            lay_codes(count, scratch.codes + v * VECTOR_BYTES, VECTORS, scratch.addresses, held, parts)
+    if parts == 1:
+        beyond = (there * held + 31) // 32 * (32 // held)
+        floats_at(scratch.codes + beyond * _LINE, max(0, count - beyond) * _OUTPUTS)[:] = 0
+
+
+@njit(forceinline=True, **COMPILED)
+def _multiply(job, m, start, end, tile, scratch, height, run, width, held):
+    """Add the products of a block of x from row `m` on with what is laid of a tile."""
+    height, run, width, held = literally(height), literally(run), literally(width), literally(held)
+    before = m * ((job.in_features + run - 1) // run) + start * height
+    unpacked_product(
+        job.codes + before * (run * width // 8),
+        job.code_scales + before * 8,
+        scratch.codes,
+        scratch.scales,
+        scratch.sums + tile * scratch.sums_size + m * (_LINE * 2 if width == FLOAT_WIDTH else _LINE),
+        end - start,
+        job.group_runs - start % job.group_runs,
+        job.group_runs,
+        height,
+        VECTORS,
+        run,
+        width,
+        held,
+    )
+
+
+@njit(**COMPILED)
+def _narrow(sums, count):
+    """float64 to float32, to the same place."""
+    wide, narrow = doubles_at(sums, count), floats_at(sums, count)
+    for k in range(count):
+        narrow[k] = wide[k]
+
+
+@cache
+def unpacked_tiles(bits: int, run: int, width: int, height: int) -> Any:
+    """Kernel over tiles of the weight's rows, for blocks of `height` rows of x, 4 or 8; floats are `FLOAT_WIDTH` wide.
+
+    x has a scale for each `run` of elements, or is given as it is, `run` elements of each row after another.
+    """
+    held, chunk, parts = held_bits(bits), chunk_codes(bits), form(held_bits(bits), width).parts
+    laid = UNPACKED_COLUMNS // (2 if width == FLOAT_WIDTH else 1) // run
+
+    @cfunc(KERNEL, cache=True, **COMPILED)
+    def kernel(address, thread, first, last):
+        job = job_at(address)
+        runs = (job.in_features + run - 1) // run
+        scratch = _scratch(job, thread, run, width)
+        for part in range(first, last, UNPACKED_TILES):
+            tiles = min(UNPACKED_TILES, last - part)
+            blank = floats_at(scratch.sums, tiles * scratch.sums_size // 4)
+            blank[:] = 0
+            for start in range(0, runs, laid):
+                end = min(start + laid, runs)
+                for tile in range(tiles):
+                    _lay(job, (part + tile) * _OUTPUTS, start, end, scratch, bits, run, held, parts, chunk)
+                    for m in range(0, job.rows, height):
+                        if height == 4 or job.rows - m > 4:
+                            _multiply(job, m, start, end, tile, scratch, height, run, width, held)
+                        else:
+                            _multiply(job, m, start, end, tile, scratch, 4, run, width, held)
+            if width == FLOAT_WIDTH:
+                for tile in range(tiles):
+                    _narrow(scratch.sums + tile * scratch.sums_size, job.rows * _OUTPUTS)
+            give(job, scratch.sums, scratch.sums_size, part * _OUTPUTS, tiles, VECTORS)
+
+    return kernel
