@@ -19,7 +19,12 @@ from quantcore_backends.cpu_kernels import integer
 
 Array = np.ndarray[Any, Any]
 BOUND = {integer.FLOATS: 1e-12, 24: 1e-12, 16: 1e-8, 8: 1e-4}
-SCHEMES = [s for bits in BITS for group in (16, 64, 256, None) if integer.serves(s := Scheme("affine", bits, group))]
+SCHEMES = [
+    pytest.param(s, marks=[pytest.mark.slow] if group in (16, 256) else [], id=str(s))  # each compiles kernels
+    for bits in BITS
+    for group in (16, 64, 256, None)
+    if integer.serves(s := Scheme("affine", bits, group))
+]
 
 
 def weight(rows: int, columns: int, scheme: Scheme, dtype: Any = np.float32) -> qc.QuantizedTensor:
@@ -54,7 +59,7 @@ def each_width(scheme: Scheme, *rows: int) -> Iterator[tuple[int, int]]:
     return ((rows_of_x, width) for rows_of_x in rows for width in widths(scheme, rows_of_x))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_error_is_within_the_bound(scheme: Scheme) -> None:
     for rows, columns in ((1, 16), (6, 264), (35, 1031), (129, 72)):
         qw = weight(rows, columns, scheme)
