@@ -35,6 +35,7 @@ from quantcore_backends.cpu_kernels.vectors import (
     LANES,
     QWORD,
     SHORTS,
+    fused,
     offset,
     read,
     write,
@@ -110,10 +111,8 @@ def _multiplications(kind: str, dot: str | None) -> tuple[Any, int]:
     def added(builder: Any, so_far: Any, pairs: list[tuple[Any, Any]]) -> Any:
         if kind != FMA:
             return simd_int.add_products(builder, so_far, pairs, BITS)
-        function = ir.FunctionType(FLOATS, [FLOATS] * 3)
         for left, right in pairs:
-            call = cgutils.get_or_insert_function(builder.module, function, f"llvm.fma.v{LANES}f32")
-            so_far = builder.call(call, [left, right, so_far])
+            so_far = fused(builder, left, right, so_far)
         return so_far
 
     @intrinsic

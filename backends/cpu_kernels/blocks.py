@@ -27,6 +27,7 @@ from quantcore_backends.cpu_kernels.vectors import (
     SHORTS,
     VECTOR_BYTES,
     constant,
+    fused,
     offset,
     prefetched,
     read,
@@ -34,7 +35,7 @@ from quantcore_backends.cpu_kernels.vectors import (
     write,
 )
 
-__all__ = ["block_product", "unpacked_product"]
+__all__ = ["block_product", "count_down", "unpacked_product"]
 
 _WRITTEN_OUT: Final = {1: 4, 2: 2, 4: 2}
 """Steps of a loop that is kept small, by parts: those of integers need registers for products."""
@@ -87,20 +88,11 @@ def block_product(
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         block = _Packed(builder, *(n.literal_value for n in (height, vectors, run, width, bits)))
         x, x_scales, words, scales, out, runs, group_runs, ahead, ahead_step = args[:9]
-        scale, left = cgutils.alloca_once_value(builder, scales), cgutils.alloca_once_value(builder, group_runs)
-        with cgutils.for_range(builder, runs) as loop:
-            at = loop.index
-            block.prefetch(builder.add(ahead, builder.mul(at, ahead_step)))
-            block.sum_run(
-                builder.add(x, builder.mul(at, ir.Constant(QWORD, block.x_bytes * block.height))),
-                builder.add(words, builder.mul(at, ir.Constant(QWORD, block.word_bytes))),
-            )
-            block.scale_run(
-                builder.add(x_scales, builder.mul(at, ir.Constant(QWORD, 8 * block.height))),
-                builder.load(scale),
-                out,
-            )
-            _count_down(builder, left, group_runs, scale, 8 * LANES * block.vectors)
+
+        def prefetch(run: Any) -> None:
+            block.prefetch(builder.add(ahead, builder.mul(run, ahead_step)))
+
+        block.add_runs(x, x_scales, words, scales, out, runs, group_runs, group_runs, prefetch)
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 9, height, vectors, run, width, bits), generate
@@ -135,26 +127,13 @@ def unpacked_product(
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         block = _Unpacked(builder, *(n.literal_value for n in (height, vectors, run, width, bits)))
-        x, x_scales, codes, scales, out, runs, left, group_runs = args[:8]
-        scale, left = cgutils.alloca_once_value(builder, scales), cgutils.alloca_once_value(builder, left)
-        with cgutils.for_range(builder, runs) as loop:
-            at = loop.index
-            block.sum_run(
-                builder.add(x, builder.mul(at, ir.Constant(QWORD, block.x_bytes * block.height))),
-                builder.add(codes, builder.mul(at, ir.Constant(QWORD, block.code_bytes))),
-            )
-            if block.floats:
-                block.add_run(out)
-            else:
-                beside = builder.add(x_scales, builder.mul(at, ir.Constant(QWORD, 8 * block.height)))
-                block.scale_run(beside, builder.load(scale), out)
-                _count_down(builder, left, group_runs, scale, 2 * VECTOR_BYTES * block.vectors)
+        block.add_runs(*args[:8])
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 8, height, vectors, run, width, bits), generate
 
 
-def _count_down(builder: Any, left: Any, runs: Any, scale: Any, size: int) -> None:
+def count_down(builder: Any, left: Any, runs: Any, scale: Any, size: int) -> None:
     """Go on to the next group's scales after its last run; a division would branch, and LLVM spill across it."""
     fewer = builder.sub(builder.load(left), ir.Constant(QWORD, 1))
     last = builder.icmp_signed("==", fewer, ir.Constant(QWORD, 0))
@@ -187,8 +166,11 @@ def _rolled(builder: Any, count: int) -> Iterator[Any]:
 class _Block:
     """Code of a block: sums of one run in registers, then scaled into float32 memory."""
 
+    run_bytes: int
+    """Bytes of codes from run to run."""
+
     def __init__(self, builder: Any, height: int, vectors: int, length: int, width: int, bits: int) -> None:
-        self.builder, self.height, self.vectors, self.bits, self.length = builder, height, vectors, bits, length
+        self.builder, self.height, self.vectors, self.bits = builder, height, vectors, bits
         self.layers, self.parts = form(bits, width)
         self.x_bytes = length * width // 8
         self.sums = self._vectors(FLOATS if self.parts == 1 else DWORDS)
@@ -207,11 +189,38 @@ class _Block:
         for place in self.sums:
             self.builder.store(self.builder.shl(self.builder.load(place), constant([8] * LANES)), place)
 
+    def add_runs(
+        self,
+        x: Any,
+        x_scales: Any,
+        codes: Any,
+        scales: Any,
+        out: Any,
+        runs: Any,
+        left: Any,
+        group_runs: Any,
+        begin: Callable[[Any], None] = lambda run: None,
+    ) -> None:
+        """Add the products of all runs; `begin` is given each one's number."""
+        builder = self.builder
+        scale, left = cgutils.alloca_once_value(builder, scales), cgutils.alloca_once_value(builder, left)
+        with cgutils.for_range(builder, runs) as loop:
+
+            def of_run(start: Any, size: int, number: Any = loop.index) -> Any:
+                return builder.add(start, builder.mul(number, ir.Constant(QWORD, size)))
+
+            begin(loop.index)
+            self.sum_run(of_run(x, self.x_bytes * self.height), of_run(codes, self.run_bytes))
+            self.scale_run(of_run(x_scales, 8 * self.height), builder.load(scale), out)
+            count_down(builder, left, group_runs, scale, 2 * VECTOR_BYTES * self.vectors)
+
+    def sum_run(self, x: Any, codes: Any) -> None:
+        """Products of one run, summed."""
+        raise NotImplementedError
+
     def scale_run(self, x_scales: Any, scales: Any, out: Any) -> None:
         """``out += sum * x_scale * scale + bias * x_sum``."""
         builder = self.builder
-        kind = ir.FunctionType(FLOATS, [FLOATS] * 3)
-        fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")
         for v in range(self.vectors):
             scale = read(builder, offset(builder, scales, v * LANES * 4), FLOATS)
             bias = read(builder, offset(builder, scales, (self.vectors + v) * LANES * 4), FLOATS)
@@ -220,8 +229,8 @@ class _Block:
                 x_sum = repeat(builder, read(builder, offset(builder, x_scales, (self.height + row) * 4), FLOAT), LANES)
                 at = offset(builder, out, (row * self.vectors + v) * LANES * 4)
                 product = builder.fmul(builder.sitofp(builder.load(self.sums[row * self.vectors + v]), FLOATS), x_scale)
-                biased = builder.call(fma, [bias, x_sum, read(builder, at, FLOATS)])
-                write(builder, at, builder.call(fma, [product, scale, biased]))
+                biased = fused(builder, bias, x_sum, read(builder, at, FLOATS))
+                write(builder, at, fused(builder, product, scale, biased))
 
 
 class _Packed(_Block):
@@ -231,11 +240,11 @@ class _Packed(_Block):
         super().__init__(builder, height, vectors, length, width, bits)
         self.words = length // lane_codes(bits)
         self.planes = lane_codes(bits) // self.parts
-        self.word_bytes = self.words * vectors * VECTOR_BYTES
+        self.run_bytes = self.words * vectors * VECTOR_BYTES
 
     def prefetch(self, address: Any) -> None:
         """Begin to bring as much near as a run has of packed words."""
-        for line in range(self.words * self.vectors * LANES * 4 // 64):
+        for line in range(self.run_bytes // 64):
             prefetched(self.builder, offset(self.builder, address, line * 64), 2)
 
     def sum_run(self, x: Any, words: Any) -> None:
@@ -277,7 +286,7 @@ class _Unpacked(_Block):
         super().__init__(builder, height, vectors, length, width, bits)
         self.floats = self.parts == 1
         self.steps = length // self.parts
-        self.code_bytes = self.steps * vectors * VECTOR_BYTES
+        self.run_bytes = self.steps * vectors * VECTOR_BYTES
         self.pairs = byte_pairs(bits) if self.parts == 4 else 0
         self.together = _FLOATS_TOGETHER if self.floats else self.pairs
         while self.together and self.steps % self.together:
@@ -343,15 +352,18 @@ class _Unpacked(_Block):
 
     def _add_floats(self, number: int, weight: Any, x: Any) -> None:
         builder, place = self.builder, self.partial[number]
-        builder.store(called(builder, f"llvm.fma.v{LANES}f32", FLOATS, [weight, x, builder.load(place)]), place)
+        builder.store(fused(builder, weight, x, builder.load(place)), place)
 
     def _add_pairs(self, number: int, codes: Any, x: Any) -> None:
         builder, place = self.builder, self.partial[number]
         products = called(builder, "llvm.x86.avx2.pmadd.ub.sw", SHORTS, [codes, x])
         builder.store(builder.add(builder.load(place), products), place)
 
-    def add_run(self, out: Any) -> None:
-        """``out += sum``, in float64."""
+    def scale_run(self, x_scales: Any, scales: Any, out: Any) -> None:
+        """As of integers; of floats ``out += sum``, in float64."""
+        if not self.floats:
+            super().scale_run(x_scales, scales, out)
+            return
         builder, wide = self.builder, ir.VectorType(ir.DoubleType(), LANES)
         for number, place in enumerate(self.sums):
             at = offset(builder, out, number * 2 * VECTOR_BYTES)

@@ -107,18 +107,27 @@ def has_wide(scheme: Scheme) -> bool:
     return scheme.group_size is not None and _compiled().simd.takes_bytes(scheme.bits)
 
 
-def widths(scheme: Scheme, first: int, tiled: bool) -> tuple[int, ...]:
-    """Widths that are worth a try here where `first` is asked for: after 8, 16 bits lose less, and floats nothing.
+def widths(scheme: Scheme, first: int, *, tiled: bool) -> tuple[int, ...]:
+    """Widths that are worth a try here where `first` is asked for: after 8, 16 bits lose less.
 
-    There are floats for many rows of x, which take tiles, and 24 bits for few. Neither are exact enough where a row of
-    the weight has one scale.
+    For 24, many rows of x, which take tiles, stay floats. Neither is exact enough where a row of the weight has one
+    scale.
     """
     if first == 24:
         if tiled:
             return (FLOATS,) if scheme.group_size is not None else ()
         return (24,) if has_wide(scheme) else ()
-    integers = (8, 16) if first == 8 and has_byte_dot(scheme) else (16,)
-    return (*integers, FLOATS) if tiled else integers
+    return (8, 16) if first == 8 and has_byte_dot(scheme) else (16,)
+
+
+@cache
+def _widths(scheme: Scheme) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """By precision, widths that are tried for few and for many rows of x, floats last of these."""
+    found = {}
+    for precision, width in WIDTHS.items():
+        few, many = (widths(scheme, width, tiled=tiled) for tiled in (False, True))
+        found[precision] = few, many if precision == "highest" else (*many, FLOATS)
+    return found
 
 
 class RowKernels(NamedTuple):
@@ -213,10 +222,7 @@ class Weight:
         self.geometry, self.addresses, self._held = geometry, addresses, held
         sizes = geometry.rows * geometry.packed_row, geometry.rows * geometry.scale_row
         self.slot = _compiled().ahead.slot_of(addresses[0], sizes[0], *addresses[1:], sizes[1])
-        self.widths = {
-            precision: (widths(geometry.scheme, width, False), widths(geometry.scheme, width, True))
-            for precision, width in WIDTHS.items()
-        }
+        self.widths = _widths(geometry.scheme)
         self._calls: dict[tuple[int, int], _Call] = {}
 
     @classmethod

@@ -85,7 +85,7 @@ def tiles(bits: int, run: int, width: int, height: int) -> Any:
                 x_scales, to = job.code_scales + m * runs * 8, sums + m * (VECTORS * VECTOR_BYTES)
                 # While the first block is computed, the next tile comes near.
                 ahead, further = (job.packed + (n + OUTPUTS) * job.packed_row, next_run) if m == 0 else (tile, 0)
-                if height == 4 or job.rows - m > 4:
+                if job.rows - m > 4:
                     block_product(
                         x,
                         x_scales,

@@ -73,6 +73,7 @@ def _lay(job, n, start, end, scratch, bits, run, held, parts, chunk):
     held, parts = literally(held), literally(parts)
     column, count = start * run, (end - start) * run
     there = min(count, job.in_features - column)
+    whole = (there * held + 31) // 32 * (32 // held)  # of whole words
     group = column // job.group
     groups = (column + there - 1) // job.group + 1 - group
     lay_scales(job, n, VECTORS, group, groups, scratch.scales, scratch.addresses)
@@ -92,12 +93,11 @@ def _lay(job, n, start, end, scratch, bits, run, held, parts, chunk):
             chunk,
         )
         if parts == 1:
-            _lay_floats(job, column, (there * held + 31) // 32 * (32 // held), v, scratch, held)
+            _lay_floats(job, column, whole, v, scratch, held)
         else:
             lay_codes(count, scratch.codes + v * VECTOR_BYTES, VECTORS, scratch.addresses, held, parts)
     if parts == 1:
-        beyond = (there * held + 31) // 32 * (32 // held)
-        floats_at(scratch.codes + beyond * _LINE, max(0, count - beyond) * _OUTPUTS)[:] = 0
+        floats_at(scratch.codes + whole * _LINE, max(0, count - whole) * _OUTPUTS)[:] = 0
 
 
 @njit(forceinline=True, **COMPILED)

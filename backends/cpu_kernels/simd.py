@@ -21,6 +21,7 @@ from quantcore_backends.cpu_kernels.vectors import (
     SHORT,
     constant,
     floats,
+    fused,
     half_as_float,
     prefetched,
     read,
@@ -117,8 +118,7 @@ def fma(typing: Any, x: Any, y: Any, z: Any) -> Any:
     """``x * y + z`` with one rounding."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(FLOATS, [FLOATS] * 3)
-        return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32"), args)
+        return fused(builder, *args)
 
     return floats(floats, floats, floats), generate
 

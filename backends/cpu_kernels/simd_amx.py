@@ -10,6 +10,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from quantcore_backends.cpu_kernels.blocks import count_down
 from quantcore_backends.cpu_kernels.disk_cache import njit
 from quantcore_backends.cpu_kernels.job import COMPILED, bytes_at
 from quantcore_backends.cpu_kernels.layout import CONFIGURATION
@@ -22,6 +23,7 @@ from quantcore_backends.cpu_kernels.vectors import (
     LANES,
     QWORD,
     constant,
+    fused,
     offset,
     read,
     repeat,
@@ -189,22 +191,10 @@ class _Block:
                 total = builder.add(builder.shl(total, constant([8] * LANES)), lower)
             x_scale = repeat(builder, read(builder, offset(builder, x_scales, row * 4), FLOAT), LANES)
             x_sum = repeat(builder, read(builder, offset(builder, x_scales, (self.height + row) * 4), FLOAT), LANES)
-            biased = self._fma(bias, x_sum, builder.load(place))
+            biased = fused(builder, bias, x_sum, builder.load(place))
             product = builder.fmul(builder.sitofp(total, FLOATS), x_scale)
-            builder.store(self._fma(product, scale, biased), place)
-        self._count_down()
-
-    def _fma(self, one: Any, two: Any, three: Any) -> Any:
-        return called(self.builder, f"llvm.fma.v{LANES}f32", FLOATS, [one, two, three])
-
-    def _count_down(self) -> None:
-        """Go on to the next group's scales after its last run."""
-        builder = self.builder
-        fewer = builder.sub(builder.load(self.left), ir.Constant(QWORD, 1))
-        last = builder.icmp_signed("==", fewer, ir.Constant(QWORD, 0))
-        builder.store(builder.select(last, self.group_runs, fewer), self.left)
-        here = builder.load(self.group)
-        builder.store(builder.select(last, offset(builder, here, 2 * _ROW), here), self.group)
+            builder.store(fused(builder, product, scale, biased), place)
+        count_down(builder, self.left, self.group_runs, self.group, 2 * _ROW)
 
     def give(self) -> None:
         """The block back to memory."""

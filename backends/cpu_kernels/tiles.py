@@ -7,7 +7,6 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from quantcore_backends.cpu_kernels.simd_int import (
-    called,
     codes_of_words,
     crossing,
     first_floats,
@@ -20,6 +19,7 @@ from quantcore_backends.cpu_kernels.vectors import (
     LANES,
     QWORD,
     constant,
+    fused,
     offset,
     read,
     write,
@@ -152,8 +152,8 @@ def floats_of_words(typing: Any, words: Any, scale: Any, bias: Any, to: Any, str
         scale, bias = read(builder, args[1], FLOATS), read(builder, args[2], FLOATS)
         for plane in range(32 // width):
             codes = builder.sitofp(codes_of_words(builder, words, width, plane, 1), FLOATS)
-            value = called(builder, f"llvm.fma.v{LANES}f32", FLOATS, [codes, scale, bias])
-            write(builder, builder.add(args[3], builder.mul(args[4], ir.Constant(QWORD, plane))), value)
+            to = builder.add(args[3], builder.mul(args[4], ir.Constant(QWORD, plane)))
+            write(builder, to, fused(builder, codes, scale, bias))
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 5, bits), generate

@@ -25,6 +25,7 @@ __all__ = [
     "VECTOR_BYTES",
     "constant",
     "floats",
+    "fused",
     "half_as_float",
     "ints",
     "offset",
@@ -135,6 +136,13 @@ def repeat(builder: Any, value: Any, count: int) -> Any:
     vector = ir.VectorType(value.type, count)
     first = builder.insert_element(undefined(vector), value, ir.Constant(DWORD, 0))
     return shuffled(builder, first, [0] * count)
+
+
+def fused(builder: Any, one: Any, two: Any, three: Any) -> Any:
+    """``one * two + three``, vectors of float32, rounded once."""
+    kind = ir.FunctionType(FLOATS, [FLOATS] * 3)
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")
+    return builder.call(function, [one, two, three])
 
 
 def half_as_float(builder: Any, stored: Any) -> Any:

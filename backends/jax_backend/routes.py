@@ -32,7 +32,8 @@ _TABLE: Final = (
 
 XLA_TILES: Final = "XLA makes tiles of the weight dense and multiplies them"
 _FLOATS: Final = "a compiled kernel multiplies x in float32"
-_INTEGERS: Final = {
+_WIDTHS: Final = {
+    (integer.FLOATS,): _FLOATS,
     (24,): "a compiled kernel multiplies x rounded to 24-bit integers",
     (16,): "a compiled kernel multiplies x rounded to 16-bit integers",
     (8, 16): "a compiled kernel multiplies x rounded to 8-bit integers, or to 16-bit ones where those lose too much",
@@ -73,8 +74,7 @@ def described(scheme: Scheme, dtype: np.dtype[Any], rows: int, *, along_rows: bo
         return f"{XLA_TILES}, more slowly: {reason}"
     kernel = _kernel(precision, _sharing(scheme, along_rows), rows)
     if kernel == "rounded":
-        tried = integer.widths(scheme, integer.WIDTHS[precision], rows > integer.FEW_ROWS)
-        return _INTEGERS[tuple(width for width in tried if width != integer.FLOATS)]
+        return _WIDTHS[integer.widths(scheme, integer.WIDTHS[precision], tiled=rows > integer.FEW_ROWS)]
     if kernel == "few_rows":
         return _FLOATS
     return (

@@ -1,7 +1,7 @@
 """Products with x rounded to integers: of as few bits as are asked for and serve, else in floats.
 
-Of 24 bits, or first of 8 where that is asked for, then of 16. Floats have tiles for many rows of x. So many rows of x
-are done in one go as bound the memory: a product's rows in parts, or several products of few rows together.
+Of 24 bits, or tiles of floats where x has many rows, or first of 8 where that is asked for, then of 16. So many rows
+of x are done in one go as bound the memory: a product's rows in parts, or several products of few rows together.
 """
 
 from typing import Final
@@ -30,12 +30,12 @@ _MOST: Final = integer.MOST
 
 
 @njit(**OPTIONS)
-def _integers(frame, spec, block, product, products, row, count, served):
+def _tried(frame, spec, block, product, products, row, count, served):
     """Multiply by as few bits as are asked for and serve, and mark what is done; False without memory."""
     first = load64(spec + _WIDTH)
     enough = True
     for width in (24, 8, 16, integer.FLOATS):
-        wanted = width == first or (width == 16 and first == 8) or width == integer.FLOATS
+        wanted = width == first or (width == 16 and first == 8) or (width == integer.FLOATS and first == 24)
         if enough and wanted and served.sum() < products and jobs.has_kernel(spec, block, width):
             enough = jobs.multiply(frame, spec, block, product, products, row, count, width, served)
     return enough
@@ -71,7 +71,7 @@ def _floats(frame, spec, block, product, row, count):
 def _go(frame, spec, block, product, products, row, count, served):
     """Some rows of some products; 0, or an error."""
     served[:products] = 0
-    if not _integers(frame, spec, block, product, products, row, count, served[:products]):
+    if not _tried(frame, spec, block, product, products, row, count, served[:products]):
         return error(frame, no_memory(), EXHAUSTED)
     for p in range(products):
         if served[p] == 0:

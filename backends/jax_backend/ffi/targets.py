@@ -126,7 +126,7 @@ def load_rounded(scheme: Any, kind: int, width: int, together: int) -> None:
 
     with _lock:
         _register()
-        for tried in integer.widths(scheme, width, not together):
+        for tried in integer.widths(scheme, width, tiled=not together):
             jobs.load(scheme, kind, tried, together)
 
 
