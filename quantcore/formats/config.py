@@ -8,7 +8,7 @@ import numpy as np
 
 from quantcore.formats.files import malformed
 
-__all__ = ["Settings"]
+__all__ = ["Settings", "shortest_decimal"]
 
 _LARGEST: Final = float(np.finfo(np.float32).max)
 
@@ -88,3 +88,9 @@ class Settings:
         if default is None:
             self.malformed(f"{names[0]} is missing")
         return default
+
+
+def shortest_decimal(value: float) -> float:
+    """The shortest decimal that is the same float32: 1e-05, where the file's float32 is 9.999999747378752e-06."""
+    single = np.float32(value)
+    return float(str(single)) if float(single) == value else value

@@ -13,9 +13,9 @@ from typing import Any, Final, NoReturn, TypeAlias
 import numpy as np
 
 from quantcore.dtypes import dtype_name
-from quantcore.errors import FormatError
+from quantcore.errors import FormatError, UnsupportedError
 
-__all__ = ["MAX_RANK", "Array", "MappedFile", "Stored", "malformed", "parse_json", "read_json"]
+__all__ = ["MAX_RANK", "Array", "MappedFile", "Stored", "malformed", "parse_json", "read_json", "unsupported"]
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -43,6 +43,11 @@ def malformed(file: Path, what: str, *, tensor: str | None = None, offset: int |
     if offset is not None:
         where += f", byte {offset}"
     raise FormatError(f"{where}: {what}")
+
+
+def unsupported(file: Path, what: str) -> NoReturn:
+    """Raise the UnsupportedError that names the file, one that may well be in order."""
+    raise UnsupportedError(f"{file}: {what}")
 
 
 def _short(text: str) -> str:

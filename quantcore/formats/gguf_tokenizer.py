@@ -15,6 +15,7 @@ import numpy as np
 
 from quantcore.errors import FormatError, UnsupportedError
 from quantcore.formats.config import Settings
+from quantcore.formats.files import unsupported
 from quantcore.formats.gguf import Strings
 
 __all__ = ["write_tokenizer"]
@@ -52,7 +53,7 @@ def write_tokenizer(path: Path, metadata: Mapping[str, Any], folder: Path) -> No
     values = Settings(metadata, path, "metadata")
     kind, pre = (values.text(f"tokenizer.ggml.{key}", default="none") for key in ("model", "pre"))
     if kind != "gpt2" or pre not in (_DIGITS, _BYTES_ONLY, *_PATTERNS):
-        raise UnsupportedError(f"{path}: its tokenizer is of kind {kind[:40]!r}, pre-tokenizer {pre[:40]!r}")
+        unsupported(path, f"its tokenizer is of kind {kind[:40]!r}, pre-tokenizer {pre[:40]!r}")
     if find_spec("tokenizers") is None:
         raise UnsupportedError("the library tokenizers isn't installed: pip install tokenizers")
     tokens = _strings(values, "tokens")
