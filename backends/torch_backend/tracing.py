@@ -15,6 +15,7 @@ import torch.utils._pytree as pytree
 
 import quantcore
 from quantcore import QuantizedTensor, Scheme
+from quantcore.dtypes import dtype_name
 
 __all__ = ["register"]
 
@@ -41,6 +42,7 @@ def register() -> None:
     substitute(quantcore.gather_dot)(_gather_dot)
     substitute(quantcore.dequantize)(_dequantize)
     substitute(quantcore.array_namespace)(_array_namespace)
+    torch.compiler.assume_constant_result(dtype_name)  # Dynamo can't follow it to NumPy, which knows no torch.dtype
     _teach_reversed_matmul()
 
 

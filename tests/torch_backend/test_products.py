@@ -245,6 +245,17 @@ def test_compile(backend: str) -> None:
     close(as_input(X, WEIGHT), wanted)
 
 
+@pytest.mark.parametrize("dtype", ["float16", torch.bfloat16, np.float32])
+def test_compile_a_change_of_dtype(dtype: Any) -> None:
+    def function(x: torch.Tensor, qw: qc.QuantizedTensor) -> torch.Tensor:
+        return qc.dot(x.half(), qw.astype(dtype))
+
+    result = torch.compile(function, **FULL)(X, WEIGHT)
+    expected = function(X, WEIGHT)
+    assert result.dtype == expected.dtype
+    assert torch.equal(result, expected)
+
+
 def test_a_compiled_function_is_compiled_once_a_shape_and_scheme() -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
