@@ -1,11 +1,11 @@
-"""NumPy memory for packed weights."""
+"""NumPy memory that begins with a cache line."""
 
 import math
 from typing import Any, Final
 
 import numpy as np
 
-__all__ = ["aligned_empty"]
+__all__ = ["aligned", "aligned_empty"]
 
 _LINE: Final = 64
 """Bytes of a cache line."""
@@ -32,3 +32,21 @@ def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
     memory = np.empty(size + _LINE, np.uint8)
     start = -memory.ctypes.data % _LINE
     return np.ndarray(shape, dtype, memory, start)
+
+
+def aligned(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The array, or a copy where it isn't C-contiguous or doesn't begin with a cache line.
+
+    Parameters
+    ----------
+    array : array
+
+    Returns
+    -------
+    array, of the same shape and dtype
+    """
+    if array.flags.c_contiguous and array.ctypes.data % _LINE == 0:
+        return array
+    copy = aligned_empty(array.shape, array.dtype)
+    copy[...] = array
+    return copy

@@ -14,6 +14,7 @@ import pytest
 
 import quantcore as qc
 from quantcore import QuantizedTensor, Scheme
+from quantcore.memory import aligned, aligned_empty
 
 MIB = 1 << 20
 LIMIT = 64 * MIB
@@ -61,6 +62,26 @@ def test_a_large_weight_in_numpy(large: QuantizedTensor, orientation: str) -> No
     qw = large if orientation == "dot" else large.mT
     x = RNG.standard_normal((1, qw.shape[-1])).astype(np.float32)
     assert beyond(x, qw, backend="numpy") < LIMIT
+
+
+def test_arrays_that_begin_with_a_cache_line() -> None:
+    whole = aligned_empty((4, 32), np.float32)
+    whole[...] = np.arange(128, dtype=np.float32).reshape(4, 32)
+    assert whole.ctypes.data % 64 == 0
+    assert aligned(whole) is whole
+    for part in (whole[:, 1:], whole.T, whole[1:, :0], whole.reshape(-1)[3:]):
+        copy = aligned(part)
+        assert copy.flags.c_contiguous
+        assert copy.ctypes.data % 64 == 0
+        np.testing.assert_array_equal(copy, part)
+
+
+def test_large_results_begin_with_a_cache_line() -> None:
+    """So that JAX takes them without a copy."""
+    qw = packed((512, 256))
+    for rows in (20, 200):
+        assert qc.dot(np.ones((rows, 256), np.float32), qw).ctypes.data % 64 == 0
+    assert qw.dequantize().ctypes.data % 64 == 0
 
 
 CASES = [

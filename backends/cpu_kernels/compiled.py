@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from quantcore import Scheme
+from quantcore.memory import aligned_empty
 from quantcore_backends.cpu_kernels.threads import over_rows
 
 __all__ = ["FEW_ROWS", "FLUSH", "KINDS", "available", "decode_block", "few_rows", "rows_in_memory"]
@@ -60,7 +61,7 @@ def decode_block(packed: Array, scales: Array, biases: Array, scheme: Scheme, st
     array, shape (N, stop - start), float32
     """
     columns = stop - start
-    dense = np.empty((packed.shape[0], columns), np.float32)
+    dense = aligned_empty((packed.shape[0], columns), np.float32)
     operands = _Operands(packed, scales, biases, scheme)
     kernel = _module().dense_rows(scheme.bits, operands.kind)
 

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from quantcore import Scheme
+from quantcore.memory import aligned_empty
 from quantcore_backends.cpu_kernels import microscaled
 from quantcore_backends.cpu_kernels.compiled import FLUSH, rows_in_memory
 from quantcore_backends.cpu_kernels.threads import over_rows
@@ -31,7 +32,7 @@ def decode_block(packed: Array, scales: Array, scheme: Scheme, start: int, stop:
     array, shape (N, stop - start), float32
     """
     columns, group = stop - start, _group(scheme)
-    dense = np.empty((packed.shape[0], columns), np.float32)
+    dense = aligned_empty((packed.shape[0], columns), np.float32)
     packed, scales = rows_in_memory(packed, np.dtype(np.uint32)), rows_in_memory(scales, np.dtype(np.uint8))
     at, of_scale = packed.ctypes.data + start * scheme.bits // 8, scales.ctypes.data + start // group
     table, values = _tables(scheme)

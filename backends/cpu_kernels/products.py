@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from quantcore import QuantizedTensor
+from quantcore.memory import aligned_empty
 from quantcore_backends.cpu_kernels import compiled, compiled_microscaled, integer
 from quantcore_backends.cpu_kernels.weights import FLOAT32, TILE, Leaves, column_step, decode_block
 
@@ -20,6 +21,8 @@ __all__ = ["dot", "gather_dot", "multiply"]
 Array: TypeAlias = np.ndarray[Any, Any]
 
 _FLOAT64 = np.dtype(np.float64)
+_SMALL = 1 << 12
+"""Elements of a result whose memory is had sooner than a cache line is found in it."""
 _ROWS_OF_X = 2048
 _SIDE = 1024
 """With `_ROWS_OF_X`, what bounds a partial product: 8 MiB in float32."""
@@ -80,8 +83,9 @@ def _rounded_product(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any], precis
 
 def _integer_product(x: Array, weight: integer.Weight, precision: str) -> Array | None:
     """The product with x made integers; None where these don't serve."""
-    rows = x.shape[0]
-    out = np.empty((rows, weight.geometry.rows), np.float32)
+    rows, outputs = x.shape[0], weight.geometry.rows
+    new = aligned_empty if rows * outputs > _SMALL else np.empty
+    out = new((rows, outputs), FLOAT32)
     return out if not out.size or multiply(x, rows, weight, out, precision) else None
 
 

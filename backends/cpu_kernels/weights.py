@@ -108,7 +108,7 @@ def decode(leaves: Leaves, scheme: Scheme, in_features: int, dtype: np.dtype[Any
     flat = tuple(leaf.reshape(-1, leaf.shape[-1]) for leaf in leaves)
     if dtype == FLOAT32 and compiled.available():
         return decode_block(flat, scheme, 0, in_features).reshape(*leading, in_features)
-    dense = np.empty((flat[0].shape[0], in_features), dtype)
+    dense = aligned_empty((flat[0].shape[0], in_features), dtype)
     width = column_step(scheme, in_features)
     for rows in row_tiles(flat[0].shape[0], min(width, in_features)):
         for start in range(0, in_features, width):

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from quantcore import QuantizedTensor
+from quantcore.memory import aligned
 
 __all__ = ["check_values", "concrete", "from_numpy", "like", "viewed"]
 
@@ -40,9 +41,12 @@ def viewed(qw: QuantizedTensor) -> QuantizedTensor:
 
 
 def like(values: np.ndarray[Any, Any], operand: Array) -> Array:
-    """JAX's array with these values, on the device of an operand."""
+    """JAX's array with these values, on the device of an operand.
+
+    It takes memory that begins with a cache line as it is; else it may copy in threads, which a forked process lacks.
+    """
     (device,) = operand.sharding.device_set
-    return from_numpy(values, device if getattr(operand, "committed", True) else None)
+    return from_numpy(aligned(values), device if getattr(operand, "committed", True) else None)
 
 
 def from_numpy(values: np.ndarray[Any, Any], device: Any) -> Array:

@@ -229,7 +229,7 @@ _FORK = """
 """
 
 
-@pytest.mark.parametrize(("call", "rows"), [("qc.dot", 1), ("compiled", 1), ("compiled", 16)])
+@pytest.mark.parametrize(("call", "rows"), [("qc.dot", 1), ("qc.dot", 300), ("compiled", 1), ("compiled", 16)])
 def test_after_a_fork(call: str, rows: int) -> None:
     """Concrete arrays, and what was compiled before the fork."""
     assert run(_FORK.replace("CALL", call).replace("ROWS", str(rows))).strip() == "0"
