@@ -24,7 +24,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from quantcore_backends.cpu_kernels import amx, pool, simd_amx, simd_int
-from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, addresses_at, floats_at
+from quantcore_backends.cpu_kernels.disk_cache import COMPILED
+from quantcore_backends.cpu_kernels.job import KERNEL, addresses_at, floats_at
 from quantcore_backends.cpu_kernels.simd import fma, load, splat, total, zero
 from quantcore_backends.cpu_kernels.threads import native_pool
 from quantcore_backends.cpu_kernels.vectors import (

@@ -9,15 +9,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
-from quantcore_backends.cpu_kernels.job import (
-    COMPILED,
-    KERNEL,
-    floats_at,
-    integers_at,
-    job_at,
-)
+from quantcore_backends.cpu_kernels.disk_cache import COMPILED, cfunc, njit
+from quantcore_backends.cpu_kernels.job import KERNEL, floats_at, integers_at, job_at
 from quantcore_backends.cpu_kernels.layout import FLOAT_WIDTH
+from quantcore_backends.cpu_kernels.raw_memory import clear_bytes, copy_bytes
 from quantcore_backends.cpu_kernels.simd_int import Form, chunk_codes, form, lane_codes
 from quantcore_backends.cpu_kernels.simd_rounding import place, rounded
 from quantcore_backends.cpu_kernels.vectors import LANES
@@ -101,7 +96,7 @@ def row_rounder(bits: int, run: int, width: int) -> Any:
             sums = job.sums + m * job.sums_row
             of_runs, of_groups = floats_at(sums, runs), floats_at(sums + runs * lanes * 4, job.groups)
             lane_sums = integers_at(sums, job.sums_row // 4)
-            lane_sums[:] = 0  # vectors read past the sums
+            clear_bytes(sums, job.sums_row)  # vectors read past the sums
             error, square, largest = np.float32(0), np.float32(0), np.float32(0)
             total, group_of = 0.0, 0
             for r in range(runs):
@@ -192,14 +187,13 @@ def block_copier(run: int, height: int) -> Any:
         columns = job.in_features
         runs = (columns + run - 1) // run
         for m in range(first, last):
-            x = floats_at(job.x + m * job.x_row, columns)
-            block = m // height * height
+            x, block = job.x + m * job.x_row, m // height * height
             its_height = block_height(job.rows - block, height)
             for r in range(runs):
                 start, at = r * run, (block * runs + r * its_height) * run
-                to = floats_at(job.codes + at * 4, its_height * run)
                 row, there = (m - block) * run, min(run, columns - start)
-                to[row : row + there] = x[start : start + there]
-                to[row + there : len(to) if m == job.rows - 1 else row + run] = 0
+                to, end = job.codes + (at + row) * 4, its_height * run if m == job.rows - 1 else row + run
+                copy_bytes(to, x + start * 4, there * 4)
+                clear_bytes(to + there * 4, (end - row - there) * 4)
 
     return kernel

@@ -12,13 +12,13 @@ from typing import Any, Final
 import numpy as np
 
 from quantcore_backends.cpu_kernels.atomics import load_word, store_word
-from quantcore_backends.cpu_kernels.disk_cache import njit
+from quantcore_backends.cpu_kernels.disk_cache import COMPILED, njit
 from quantcore_backends.cpu_kernels.simd import prefetch
 
 __all__ = ["bring_near", "go_on", "learn", "prefetch_lines", "rows_ahead", "slot_of"]
 
-_OPTIONS: Final[dict[str, Any]] = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
-_INLINED: Final[dict[str, Any]] = {"nogil": True, "boundscheck": False, "error_model": "numpy", "forceinline": True}
+_OPTIONS: Final[dict[str, Any]] = {**COMPILED, "cache": True}
+_FORCED: Final[dict[str, Any]] = {**COMPILED, "forceinline": True}
 _LINE: Final = 64
 _STREAM: Final = 32768
 """Bytes of a weight, at least, between what few rows of x are multiplied by and what is prefetched."""
@@ -37,7 +37,7 @@ _given: Final[dict[tuple[int, ...], int]] = {}
 """Addresses of slots by what is said in them."""
 
 
-@njit(**_INLINED)
+@njit(**_FORCED)
 def prefetch_lines(address, size):
     """Begin to bring `size` bytes near.
 
@@ -48,7 +48,7 @@ def prefetch_lines(address, size):
         prefetch(address + line)
 
 
-@njit(**_INLINED)
+@njit(**_FORCED)
 def rows_ahead(job):
     """How many rows lie, in whole blocks of four, between those that are multiplied and those that are prefetched."""
     four = 4 * job.packed_row

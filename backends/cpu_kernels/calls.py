@@ -2,12 +2,14 @@
 
 from typing import Any, Final
 
+import numpy as np
 from numba import types
 from numba.extending import overload
 
-from quantcore_backends.cpu_kernels.disk_cache import njit
-from quantcore_backends.cpu_kernels.job import CALL, COMPILED, JOB, addresses_at, bytes_at
+from quantcore_backends.cpu_kernels.disk_cache import COMPILED, njit
+from quantcore_backends.cpu_kernels.job import CALL, JOB, addresses_at
 from quantcore_backends.cpu_kernels.pool import parallel
+from quantcore_backends.cpu_kernels.raw_memory import copy_bytes
 
 __all__ = ["call"]
 
@@ -51,15 +53,15 @@ def call(pool: Any, x: Any, out: Any, record: Any, memory: Any) -> Any:
         Address of scratch memory, that of a cache line.
     """
     given, job = addresses_at(record, _SLOT + 1), addresses_at(memory, _FIELDS)
-    job[:] = given[:_FIELDS]
+    copy_bytes(memory, record, 8 * _FIELDS)
     job[_X], job[_OUT] = _address(x), _address(out)
     for field in (_CODES, _CODES + 1, _CODES + 2, _COPY, _SCRATCH):
         job[field] += memory
     for n in range(job[_SAFE], job[_OUTPUTS]):
-        to = bytes_at(job[_COPY] + (n - job[_SAFE]) * job[_COPY_ROW], given[_COPIED])
-        to[:] = bytes_at(job[_PACKED] + n * job[_PACKED_ROW], given[_COPIED])
+        to = job[_COPY] + (n - job[_SAFE]) * job[_COPY_ROW]
+        copy_bytes(to, job[_PACKED] + n * job[_PACKED_ROW], given[_COPIED])
     rows, rounded = given[_ROWS], given[_ROUNDED]
-    parallel(pool if rows > rounded else 0, given[_ROUNDER], memory, rows, rounded)
+    parallel(pool if rows > rounded else 0, given[_ROUNDER], memory, rows, rounded, np.int64(0))
     if job[_REFUSED] == 0:
         parallel(pool, given[_KERNEL], memory, given[_PARTS], given[_PART], given[_SLOT])
     return job[_REFUSED] == 0

@@ -25,7 +25,16 @@ from numba.core import sigutils
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.ccallback import CFunc
 
-__all__ = ["cfunc", "njit"]
+__all__ = ["COMPILED", "INLINED", "cfunc", "njit"]
+
+COMPILED: Final[dict[str, Any]] = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
+"""Options of functions that kernels call. Kernels are cached on disk, with what they call."""
+
+INLINED: Final[dict[str, Any]] = {**COMPILED, "inline": "always"}
+"""Options of functions that become part of what calls them before that is compiled: alone, they never are.
+
+So those that differ between kernels cost less: Numba makes machine code of any function that is called.
+"""
 
 _HERE: Final = Path(__file__).parent
 
@@ -55,6 +64,11 @@ class _Cache(FunctionCache):
             filename_base=self._impl.filename_base,
             source_stamp=(locator.get_source_stamp(), _digest(_HERE), _digest(folder)),
         )
+
+    def _index_key(self, signature: Any, codegen: Any) -> Any:
+        """By the name, which says what is closed over; Numba pickles that, and functions differ in each process."""
+        code = hashlib.sha256(self._py_func.__code__.co_code).hexdigest()
+        return signature, codegen.magic_tuple(), self._py_func.__qualname__, code
 
 
 def _named(function: Callable[..., Any]) -> Callable[..., Any]:

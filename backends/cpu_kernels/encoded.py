@@ -60,7 +60,7 @@ def encode_rows(w: Array, scheme: Scheme, packed: Array) -> tuple[Array, Array]:
     pool = native_pool()
     spread = pool.threads if rows * columns >= _THREADED else 1
     part = max(1, rows // (8 * spread)) if spread > 1 else rows
-    parallel(pool.address if spread > 1 else 0, kernel.address, job.ctypes.data, rows, part)
+    parallel(pool.address if spread > 1 else 0, kernel.address, job.ctypes.data, rows, part, 0)
     return scales, biases
 
 

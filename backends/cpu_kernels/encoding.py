@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
-from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, bytes_at, floats_at, job_at, words_at
+from quantcore_backends.cpu_kernels.disk_cache import COMPILED, cfunc, njit
+from quantcore_backends.cpu_kernels.job import KERNEL, bytes_at, floats_at, job_at, words_at
 from quantcore_backends.cpu_kernels.simd import LANES, greatest, larger, least, load, scale_at, smaller, splat
 from quantcore_backends.cpu_kernels.vectors import SCALE_BYTES
 

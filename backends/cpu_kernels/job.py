@@ -6,11 +6,10 @@ import numpy as np
 from numba import carray, types
 from numba.extending import intrinsic
 
-from quantcore_backends.cpu_kernels.disk_cache import njit
+from quantcore_backends.cpu_kernels.disk_cache import COMPILED, njit
 
 __all__ = [
     "CALL",
-    "COMPILED",
     "JOB",
     "KERNEL",
     "PLAN",
@@ -23,9 +22,6 @@ __all__ = [
     "row_of",
     "words_at",
 ]
-
-COMPILED: Final[dict[str, Any]] = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
-"""Options of functions that kernels call. Kernels are cached on disk, with what they call."""
 
 CALL: Final = (
     # x and the result, float32

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from quantcore_backends.cpu_kernels.disk_cache import njit
+from quantcore_backends.cpu_kernels.disk_cache import COMPILED, njit
 from quantcore_backends.cpu_kernels.simd import (
     LANES,
     byte_at,
@@ -34,7 +34,7 @@ from quantcore_backends.cpu_kernels.simd import (
 
 __all__ = ["dense_rows", "four_by_one", "one_by_four", "span_sums"]
 
-_OPTIONS: Final[dict[str, Any]] = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
+_OPTIONS: Final[dict[str, Any]] = {**COMPILED, "cache": True}
 
 
 @njit(**_OPTIONS)

@@ -8,17 +8,10 @@ them stay in the nearest cache, of so many rows of the weight that x is seldom r
 from functools import cache
 from typing import Any, Final, NamedTuple
 
-from numba import literally
-
 from quantcore_backends.cpu_kernels.ahead import prefetch_lines
-from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
-from quantcore_backends.cpu_kernels.job import (
-    COMPILED,
-    KERNEL,
-    floats_at,
-    job_at,
-)
-from quantcore_backends.cpu_kernels.laying import find_rows, give, held_bits, lay_codes, lay_scales
+from quantcore_backends.cpu_kernels.disk_cache import COMPILED, cfunc, njit
+from quantcore_backends.cpu_kernels.job import KERNEL, job_at
+from quantcore_backends.cpu_kernels.laying import code_layer, give, held_bits, lay_scales, row_finder
 from quantcore_backends.cpu_kernels.layout import (
     CONFIGURATION,
     MATRIX_COLUMNS,
@@ -27,8 +20,8 @@ from quantcore_backends.cpu_kernels.layout import (
     SPARE,
     SPILL,
 )
+from quantcore_backends.cpu_kernels.raw_memory import clear_bytes
 from quantcore_backends.cpu_kernels.simd_amx import configure, matrix_product, release
-from quantcore_backends.cpu_kernels.simd_int import chunk_codes
 from quantcore_backends.cpu_kernels.vectors import LANES, VECTOR_BYTES
 
 __all__ = ["matrix_tiles"]
@@ -69,12 +62,17 @@ def _scratch(job, thread, run):
     return _Scratch(codes, scales, spill, configuration, addresses, spare, sums, sums_size)
 
 
-@njit(**COMPILED)
-def _lay(job, n, start, end, to, scratch, bits, run, held, chunk):
-    """Unpack the codes of LANES rows from `n` on, those of some runs of columns."""
-    count, spare_row = (end - start) * run, MATRIX_COLUMNS + SPARE
-    find_rows(job, n, LANES, start * run, count, scratch.addresses, scratch.spare, spare_row, bits, held, chunk)
-    lay_codes(count, to, 1, scratch.addresses, held, 4)
+@cache
+def _layer(bits: int) -> Any:
+    find_rows, lay_codes = row_finder(bits), code_layer(held_bits(bits), 4, 1)
+
+    @njit(**COMPILED)
+    def lay(job, n, column, count, to, scratch):
+        """Unpack `count` codes of LANES rows from `n` on, those from a column on."""
+        find_rows(job, n, LANES, column, count, scratch.addresses, scratch.spare, MATRIX_COLUMNS + SPARE)
+        lay_codes(count, to, scratch.addresses)
+
+    return lay
 
 
 @njit(**COMPILED)
@@ -86,29 +84,32 @@ def _prefetch_scales(job, n, group, groups):
         prefetch_lines(job.biases + at, groups * job.scale_step)
 
 
-@njit(forceinline=True, **COMPILED)
-def _multiply(job, m, first, end, tile, start, group, scratch, height, run, layers):
-    """Add the products of a block of x from row `m` on with a tile, of some runs.
+@cache
+def _multiplier(run: int, layers: int, height: int) -> Any:
+    @njit(forceinline=True, **COMPILED)
+    def multiply(job, m, first, end, tile, start, group, scratch):
+        """Add the products of a block of x from row `m` on with a tile, of some runs.
 
-    What is laid of the tile begins with the run `start` and the group `group`.
-    """
-    height, run, layers = literally(height), literally(run), literally(layers)
-    before = m * ((job.in_features + run - 1) // run) + first * height
-    beside = tile * (MATRIX_COLUMNS // run) + first // job.group_runs - group
-    matrix_product(
-        job.codes + before * (run * layers),
-        job.code_scales + before * 8,
-        scratch.codes + tile * _PANEL + (first - start) * (run * LANES),
-        scratch.scales + beside * (2 * VECTOR_BYTES),
-        scratch.sums + tile * scratch.sums_size + m * VECTOR_BYTES,
-        scratch.spill,
-        end - first,
-        job.group_runs - first % job.group_runs,
-        job.group_runs,
-        height,
-        run,
-        layers,
-    )
+        What is laid of the tile begins with the run `start` and the group `group`.
+        """
+        before = m * ((job.in_features + run - 1) // run) + first * height
+        beside = tile * (MATRIX_COLUMNS // run) + first // job.group_runs - group
+        matrix_product(
+            job.codes + before * (run * layers),
+            job.code_scales + before * 8,
+            scratch.codes + tile * _PANEL + (first - start) * (run * LANES),
+            scratch.scales + beside * (2 * VECTOR_BYTES),
+            scratch.sums + tile * scratch.sums_size + m * VECTOR_BYTES,
+            scratch.spill,
+            end - first,
+            job.group_runs - first % job.group_runs,
+            job.group_runs,
+            height,
+            run,
+            layers,
+        )
+
+    return multiply
 
 
 @cache
@@ -117,7 +118,8 @@ def matrix_tiles(bits: int, run: int, width: int) -> Any:
 
     x has a scale for each `run` of elements.
     """
-    held, chunk, layers = held_bits(bits), chunk_codes(bits), width // 8
+    layers = width // 8
+    lay, multiply, multiply_low = _layer(bits), *(_multiplier(run, layers, rows) for rows in (MATRIX_HEIGHT, _LOW))
     laid, nearest = MATRIX_COLUMNS // run, _NEAREST // (MATRIX_HEIGHT * run * layers)
 
     @cfunc(KERNEL, cache=True, **COMPILED)
@@ -131,14 +133,13 @@ def matrix_tiles(bits: int, run: int, width: int) -> Any:
             together //= 2
         for part in range(first, last, MATRIX_TILES):
             tiles = min(MATRIX_TILES, last - part)
-            blank = floats_at(scratch.sums, tiles * scratch.sums_size // 4)
-            blank[:] = 0
+            clear_bytes(scratch.sums, tiles * scratch.sums_size)
             for start in range(0, runs, laid):
                 end, group = min(start + laid, runs), start // job.group_runs
                 groups = (end - 1) // job.group_runs + 1 - group
                 for tile in range(tiles):
                     n = (part + tile) * LANES
-                    _lay(job, n, start, end, scratch.codes + tile * _PANEL, scratch, bits, run, held, chunk)
+                    lay(job, n, start * run, (end - start) * run, scratch.codes + tile * _PANEL, scratch)
                     to = scratch.scales + tile * laid * (2 * VECTOR_BYTES)
                     lay_scales(job, n, 1, group, groups, to, scratch.addresses)
                     _prefetch_scales(job, n + LANES, group, groups)
@@ -149,11 +150,11 @@ def matrix_tiles(bits: int, run: int, width: int) -> Any:
                         until = min(at + nearest // together, end)
                         for tile in range(tiles):
                             for m in range(block, min(block + together * MATRIX_HEIGHT, high), MATRIX_HEIGHT):
-                                _multiply(job, m, at, until, tile, start, group, scratch, MATRIX_HEIGHT, run, layers)
+                                multiply(job, m, at, until, tile, start, group, scratch)
                 if high < job.rows:
                     configure(scratch.configuration, _LOW, run)
                     for tile in range(tiles):
-                        _multiply(job, high, start, end, tile, start, group, scratch, _LOW, run, layers)
+                        multiply_low(job, high, start, end, tile, start, group, scratch)
             give(job, scratch.sums, scratch.sums_size, part * LANES, tiles, 1)
         release()
 

@@ -13,8 +13,8 @@ from numba import literally
 
 from quantcore_backends.cpu_kernels.activations import RAISED, step_codes
 from quantcore_backends.cpu_kernels.ahead import prefetch_lines, rows_ahead
-from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
-from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, job_at, row_of
+from quantcore_backends.cpu_kernels.disk_cache import COMPILED, cfunc, njit
+from quantcore_backends.cpu_kernels.job import KERNEL, job_at, row_of
 from quantcore_backends.cpu_kernels.simd import (
     fma,
     load,

@@ -13,8 +13,8 @@ from numba import literally
 
 from quantcore_backends.cpu_kernels.activations import step_codes
 from quantcore_backends.cpu_kernels.ahead import prefetch_lines, rows_ahead
-from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
-from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, floats_at, job_at
+from quantcore_backends.cpu_kernels.disk_cache import COMPILED, cfunc, njit
+from quantcore_backends.cpu_kernels.job import KERNEL, floats_at, job_at
 from quantcore_backends.cpu_kernels.kernels_int import four, further, rows_of, scales_of
 from quantcore_backends.cpu_kernels.simd import fma, load, splat, store, times, total, zero
 from quantcore_backends.cpu_kernels.simd_int import chunk_codes, dot, spread, spread_first, to_floats

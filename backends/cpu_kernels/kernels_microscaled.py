@@ -11,14 +11,14 @@ the last row.
 from functools import cache
 from typing import Any, Final
 
-from quantcore_backends.cpu_kernels.disk_cache import njit
+from quantcore_backends.cpu_kernels.disk_cache import COMPILED, njit
 from quantcore_backends.cpu_kernels.kernels import code_at
 from quantcore_backends.cpu_kernels.simd import LANES, byte_at, float_at, fma, load, splat, store, times, total, zero
 from quantcore_backends.cpu_kernels.simd_microscaled import elements
 
 __all__ = ["dense_rows", "four_by_one", "one_by_four"]
 
-_OPTIONS: Final[dict[str, Any]] = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
+_OPTIONS: Final[dict[str, Any]] = {**COMPILED, "cache": True}
 
 
 @njit(**_OPTIONS)

@@ -11,14 +11,13 @@ The shape of the blocks follows Goto & van de Geijn, "Anatomy of high-performanc
 from functools import cache
 from typing import Any, Final
 
-from numba import literally
-
 from quantcore_backends.cpu_kernels.ahead import prefetch_lines
 from quantcore_backends.cpu_kernels.blocks import block_product
-from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
-from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, addresses_at, floats_at, job_at, row_of
+from quantcore_backends.cpu_kernels.disk_cache import COMPILED, cfunc, njit
+from quantcore_backends.cpu_kernels.job import KERNEL, addresses_at, job_at, row_of
 from quantcore_backends.cpu_kernels.laying import give, held_bits, lay_scales
 from quantcore_backends.cpu_kernels.layout import SPARE, VECTORS
+from quantcore_backends.cpu_kernels.raw_memory import clear_bytes
 from quantcore_backends.cpu_kernels.simd_int import chunk_codes
 from quantcore_backends.cpu_kernels.tiles import side_by_side, widen
 from quantcore_backends.cpu_kernels.vectors import LANES, VECTOR_BYTES
@@ -29,30 +28,35 @@ OUTPUTS: Final = VECTORS * LANES
 """Rows of the weight in a tile."""
 
 
-@njit(forceinline=True, **COMPILED)
-def _lay(job, n, count, to, addresses, spare, bits, held, chunk):
-    """Put `count` words of a tile's rows side by side, from the row `n` on; codes that cross words as bytes.
+@cache
+def _layer(bits: int) -> Any:
+    chunk, crossing = chunk_codes(bits), held_bits(bits) != bits
 
-    Whole cache lines are read where rows are made of them. What stands in a line before a row's first byte is then laid
-    as well; the address behind it is returned.
-    """
-    bits = literally(bits)
-    before = job.packed % VECTOR_BYTES
-    if held != bits or before % 4 or job.packed_row % VECTOR_BYTES or n + OUTPUTS > job.safe:
-        before = 0
-    rows = addresses_at(addresses, LANES)
-    for v in range(VECTORS):
-        for lane in range(LANES):
-            row = row_of(job, min(n + v * LANES + lane, job.out_features - 1)) - before
-            if held != bits:
-                widened = spare + lane * (job.tile_words * 4 + SPARE)
-                for code in range(0, count * 4, chunk):
-                    widen(row + code * bits // 8, widened + code, bits)
-                row = widened
-            rows[lane] = row
-        for word in range(0, before // 4 + count, LANES):
-            side_by_side(addresses, word * 4, to + (word * VECTORS + v) * VECTOR_BYTES, VECTORS * VECTOR_BYTES)
-    return to + before // 4 * VECTORS * VECTOR_BYTES
+    @njit(forceinline=True, **COMPILED)
+    def lay(job, n, count, to, addresses, spare):
+        """Put `count` words of a tile's rows side by side, from the row `n` on; codes that cross words as bytes.
+
+        Whole cache lines are read where rows are made of them. What stands in a line before a row's first byte is then
+        laid as well; the address behind it is returned.
+        """
+        before = job.packed % VECTOR_BYTES
+        if crossing or before % 4 or job.packed_row % VECTOR_BYTES or n + OUTPUTS > job.safe:
+            before = 0
+        rows = addresses_at(addresses, LANES)
+        for v in range(VECTORS):
+            for lane in range(LANES):
+                row = row_of(job, min(n + v * LANES + lane, job.out_features - 1)) - before
+                if crossing:
+                    widened = spare + lane * (job.tile_words * 4 + SPARE)
+                    for code in range(0, count * 4, chunk):
+                        widen(row + code * bits // 8, widened + code, bits)
+                    row = widened
+                rows[lane] = row
+            for word in range(0, before // 4 + count, LANES):
+                side_by_side(addresses, word * 4, to + (word * VECTORS + v) * VECTOR_BYTES, VECTORS * VECTOR_BYTES)
+        return to + before // 4 * VECTORS * VECTOR_BYTES
+
+    return lay
 
 
 @cache
@@ -61,7 +65,7 @@ def tiles(bits: int, run: int, width: int, height: int) -> Any:
 
     x has a scale for each `run` of elements.
     """
-    held, chunk = held_bits(bits), chunk_codes(bits)
+    held, lay = held_bits(bits), _layer(bits)
 
     @cfunc(KERNEL, cache=True, **COMPILED)
     def kernel(address, thread, first, last):
@@ -74,12 +78,11 @@ def tiles(bits: int, run: int, width: int, height: int) -> Any:
         addresses = sums + (job.rows + 3) // 4 * 4 * (VECTORS * VECTOR_BYTES)
         spare = addresses + 8 * LANES
         for n in range(first * OUTPUTS, min(last * OUTPUTS, job.out_features), OUTPUTS):
-            tile = _lay(job, n, runs * run * held // 32, laid, addresses, spare, bits, held, chunk)
+            tile = lay(job, n, runs * run * held // 32, laid, addresses, spare)
             lay_scales(job, n, VECTORS, 0, job.groups, scales, addresses)
             prefetch_lines(job.scales + (n + OUTPUTS) * job.scale_row, OUTPUTS * job.scale_row)
             prefetch_lines(job.biases + (n + OUTPUTS) * job.scale_row, OUTPUTS * job.scale_row)
-            blank = floats_at(sums, (job.rows + 3) // 4 * 4 * OUTPUTS)
-            blank[:] = 0
+            clear_bytes(sums, (job.rows + 3) // 4 * 4 * (VECTORS * VECTOR_BYTES))
             for m in range(0, job.rows, height):
                 x = job.codes + m * runs * (run * width // 8)
                 x_scales, to = job.code_scales + m * runs * 8, sums + m * (VECTORS * VECTOR_BYTES)

@@ -8,14 +8,13 @@ is dequantized there, and sums of runs are added in float64: x and the weight ma
 from functools import cache
 from typing import Any, Final, NamedTuple
 
-from numba import literally
-
 from quantcore_backends.cpu_kernels.blocks import unpacked_product
-from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
-from quantcore_backends.cpu_kernels.job import COMPILED, KERNEL, doubles_at, floats_at, job_at
-from quantcore_backends.cpu_kernels.laying import find_rows, give, held_bits, lay_codes, lay_scales
+from quantcore_backends.cpu_kernels.disk_cache import COMPILED, INLINED, cfunc, njit
+from quantcore_backends.cpu_kernels.job import KERNEL, doubles_at, floats_at, job_at
+from quantcore_backends.cpu_kernels.laying import code_layer, give, held_bits, lay_scales, row_finder
 from quantcore_backends.cpu_kernels.layout import FLOAT_WIDTH, SPARE, UNPACKED_COLUMNS, UNPACKED_TILES, VECTORS
-from quantcore_backends.cpu_kernels.simd_int import chunk_codes, form
+from quantcore_backends.cpu_kernels.raw_memory import clear_bytes
+from quantcore_backends.cpu_kernels.simd_int import form
 from quantcore_backends.cpu_kernels.tiles import floats_of_words, side_by_side
 from quantcore_backends.cpu_kernels.vectors import LANES, VECTOR_BYTES
 
@@ -51,75 +50,80 @@ def _scratch(job, thread, run, width):
     return _Scratch(codes, scales, addresses, words, spare, sums, size)
 
 
-@njit(**COMPILED)
-def _lay_floats(job, column, count, v, scratch, held):
-    """Dequantize `count` columns of one of a tile's vectors of rows, from `column` on."""
-    held = literally(held)
-    codes, words = 32 // held, job.group * held // 32
-    scale, left = scratch.scales + v * VECTOR_BYTES, (job.group - column % job.group) * held // 32
-    for code in range(0, count, LANES * codes):
-        side_by_side(scratch.addresses, code * held // 8, scratch.words, VECTOR_BYTES)
-        for word in range(min(LANES, (count - code) // codes)):
-            to = scratch.codes + (code + word * codes) * _LINE + v * VECTOR_BYTES
-            floats_of_words(scratch.words + word * VECTOR_BYTES, scale, scale + _LINE, to, _LINE, held)
-            left -= 1
-            if left == 0:
-                scale, left = scale + 2 * _LINE, words
+@cache
+def _float_layer(held: int) -> Any:
+    codes = 32 // held
+
+    @njit(**INLINED)
+    def lay_floats(job, column, count, v, scratch):
+        """Dequantize `count` columns of one of a tile's vectors of rows, from `column` on."""
+        words = job.group * held // 32
+        scale, left = scratch.scales + v * VECTOR_BYTES, (job.group - column % job.group) * held // 32
+        for code in range(0, count, LANES * codes):
+            side_by_side(scratch.addresses, code * held // 8, scratch.words, VECTOR_BYTES)
+            for word in range(min(LANES, (count - code) // codes)):
+                to = scratch.codes + (code + word * codes) * _LINE + v * VECTOR_BYTES
+                floats_of_words(scratch.words + word * VECTOR_BYTES, scale, scale + _LINE, to, _LINE, held)
+                left -= 1
+                if left == 0:
+                    scale, left = scale + 2 * _LINE, words
+
+    return lay_floats
 
 
-@njit(**COMPILED)
-def _lay(job, n, start, end, scratch, bits, run, held, parts, chunk):
-    """Unpack the codes of a tile's rows from `n` on, those of some runs of columns, and lay their scales."""
-    held, parts = literally(held), literally(parts)
-    column, count = start * run, (end - start) * run
-    there = min(count, job.in_features - column)
-    whole = (there * held + 31) // 32 * (32 // held)  # of whole words
-    group = column // job.group
-    groups = (column + there - 1) // job.group + 1 - group
-    lay_scales(job, n, VECTORS, group, groups, scratch.scales, scratch.addresses)
-    for v in range(VECTORS):
-        spare_row = UNPACKED_COLUMNS + SPARE
-        find_rows(
-            job,
-            n + v * LANES,
-            _OUTPUTS,
-            column,
-            count,
-            scratch.addresses,
-            scratch.spare,
-            spare_row,
-            bits,
-            held,
-            chunk,
-        )
+@cache
+def _layer(bits: int, parts: int) -> Any:
+    held = held_bits(bits)
+    find_rows, codes = row_finder(bits), 32 // held
+    lay_floats: Any = _float_layer(held) if parts == 1 else None
+    lay_codes: Any = code_layer(held, parts, VECTORS) if parts != 1 else None
+
+    @njit(**COMPILED)
+    def lay(job, n, column, count, scratch):
+        """Unpack `count` codes of a tile's rows from `n` on, those from a column on, and lay their scales."""
+        there = min(count, job.in_features - column)
+        whole = (there + codes - 1) // codes * codes  # of whole words
+        group = column // job.group
+        groups = (column + there - 1) // job.group + 1 - group
+        lay_scales(job, n, VECTORS, group, groups, scratch.scales, scratch.addresses)
+        for v in range(VECTORS):
+            spare_row = UNPACKED_COLUMNS + SPARE
+            find_rows(job, n + v * LANES, _OUTPUTS, column, count, scratch.addresses, scratch.spare, spare_row)
+            if parts == 1:
+                lay_floats(job, column, whole, v, scratch)
+            else:
+                lay_codes(count, scratch.codes + v * VECTOR_BYTES, scratch.addresses)
         if parts == 1:
-            _lay_floats(job, column, whole, v, scratch, held)
-        else:
-            lay_codes(count, scratch.codes + v * VECTOR_BYTES, VECTORS, scratch.addresses, held, parts)
-    if parts == 1:
-        floats_at(scratch.codes + whole * _LINE, max(0, count - whole) * _OUTPUTS)[:] = 0
+            clear_bytes(scratch.codes + whole * _LINE, max(0, count - whole) * _LINE)
+
+    return lay
 
 
-@njit(forceinline=True, **COMPILED)
-def _multiply(job, m, start, end, tile, scratch, height, run, width, held):
-    """Add the products of a block of x from row `m` on with what is laid of a tile."""
-    height, run, width, held = literally(height), literally(run), literally(width), literally(held)
-    before = m * ((job.in_features + run - 1) // run) + start * height
-    unpacked_product(
-        job.codes + before * (run * width // 8),
-        job.code_scales + before * 8,
-        scratch.codes,
-        scratch.scales,
-        scratch.sums + tile * scratch.sums_size + m * (_LINE * 2 if width == FLOAT_WIDTH else _LINE),
-        end - start,
-        job.group_runs - start % job.group_runs,
-        job.group_runs,
-        height,
-        VECTORS,
-        run,
-        width,
-        held,
-    )
+@cache
+def _multiplier(held: int, run: int, width: int, height: int) -> Any:
+    run_bytes, row_bytes = run * width // 8, 2 * _LINE if width == FLOAT_WIDTH else _LINE
+
+    @njit(forceinline=True, **COMPILED)
+    def multiply(job, m, start, end, tile, scratch):
+        """Add the products of a block of x from row `m` on with what is laid of a tile."""
+        before = m * ((job.in_features + run - 1) // run) + start * height
+        unpacked_product(
+            job.codes + before * run_bytes,
+            job.code_scales + before * 8,
+            scratch.codes,
+            scratch.scales,
+            scratch.sums + tile * scratch.sums_size + m * row_bytes,
+            end - start,
+            job.group_runs - start % job.group_runs,
+            job.group_runs,
+            height,
+            VECTORS,
+            run,
+            width,
+            held,
+        )
+
+    return multiply
 
 
 @njit(**COMPILED)
@@ -136,7 +140,9 @@ def unpacked_tiles(bits: int, run: int, width: int, height: int) -> Any:
 
     x has a scale for each `run` of elements, or is given as it is, `run` elements of each row after another.
     """
-    held, chunk, parts = held_bits(bits), chunk_codes(bits), form(held_bits(bits), width).parts
+    held = held_bits(bits)
+    lay = _layer(bits, form(held, width).parts)
+    multiply, multiply_four = (_multiplier(held, run, width, rows) for rows in (height, 4))
     laid = UNPACKED_COLUMNS // (2 if width == FLOAT_WIDTH else 1) // run
 
     @cfunc(KERNEL, cache=True, **COMPILED)
@@ -146,17 +152,16 @@ def unpacked_tiles(bits: int, run: int, width: int, height: int) -> Any:
         scratch = _scratch(job, thread, run, width)
         for part in range(first, last, UNPACKED_TILES):
             tiles = min(UNPACKED_TILES, last - part)
-            blank = floats_at(scratch.sums, tiles * scratch.sums_size // 4)
-            blank[:] = 0
+            clear_bytes(scratch.sums, tiles * scratch.sums_size)
             for start in range(0, runs, laid):
                 end = min(start + laid, runs)
                 for tile in range(tiles):
-                    _lay(job, (part + tile) * _OUTPUTS, start, end, scratch, bits, run, held, parts, chunk)
+                    lay(job, (part + tile) * _OUTPUTS, start * run, (end - start) * run, scratch)
                     for m in range(0, job.rows, height):
                         if height == 4 or job.rows - m > 4:
-                            _multiply(job, m, start, end, tile, scratch, height, run, width, held)
+                            multiply(job, m, start, end, tile, scratch)
                         else:
-                            _multiply(job, m, start, end, tile, scratch, 4, run, width, held)
+                            multiply_four(job, m, start, end, tile, scratch)
             if width == FLOAT_WIDTH:
                 for tile in range(tiles):
                     _narrow(scratch.sums + tile * scratch.sums_size, job.rows * _OUTPUTS)

@@ -1,18 +1,20 @@
 """What the kernels of many rows of x share: codes and scales put side by side, and results taken out of tiles."""
 
-from typing import Final
+from functools import cache
+from typing import Any, Final
 
 import numpy as np
-from numba import literally
 
 from quantcore_backends.cpu_kernels.ahead import prefetch_lines
-from quantcore_backends.cpu_kernels.disk_cache import njit
-from quantcore_backends.cpu_kernels.job import COMPILED, addresses_at, floats_at, integers_at, row_of
+from quantcore_backends.cpu_kernels.disk_cache import COMPILED, INLINED, njit
+from quantcore_backends.cpu_kernels.job import addresses_at, integers_at, row_of
+from quantcore_backends.cpu_kernels.raw_memory import copy_bytes
 from quantcore_backends.cpu_kernels.simd import load, store
+from quantcore_backends.cpu_kernels.simd_int import chunk_codes
 from quantcore_backends.cpu_kernels.tiles import codes_side_by_side, scales_side_by_side, widen
 from quantcore_backends.cpu_kernels.vectors import LANES, VECTOR_BYTES
 
-__all__ = ["find_rows", "give", "held_bits", "lay_codes", "lay_scales"]
+__all__ = ["code_layer", "give", "held_bits", "lay_scales", "row_finder"]
 
 _NOT_FINITE: Final = 0x7F800000
 """Bits of infinity: those of a magnitude that isn't finite are no fewer."""
@@ -23,33 +25,44 @@ def held_bits(bits: int) -> int:
     return bits if 32 % bits == 0 else 8
 
 
-@njit(**COMPILED)
-def find_rows(job, n, ahead, code, count, addresses, spare, spare_row, bits, held, chunk):
-    """Addresses of `count` codes of LANES rows from `n` on, those from `code` on, where each has bits of its own.
+@cache
+def row_finder(bits: int) -> Any:
+    """Function that finds the codes of LANES rows where each has bits of its own."""
+    chunk, crossing = chunk_codes(bits), held_bits(bits) != bits
 
-    Codes that cross words are widened to bytes before, in `spare`, `spare_row` bytes for each row. Those of the row
-    that is `ahead` rows further are prefetched.
-    """
-    bits, held, chunk = literally(bits), literally(held), literally(chunk)
-    rows = addresses_at(addresses, LANES)
-    for lane in range(LANES):
-        row = row_of(job, min(n + lane, job.out_features - 1)) + code * bits // 8
-        prefetch_lines(row + ahead * job.packed_row, count * bits // 8)
-        if held != bits:
-            widened = spare + lane * spare_row
-            for at in range(0, count, chunk):
-                widen(row + at * bits // 8, widened + at, bits)
-            row = widened
-        rows[lane] = row
+    @njit(**INLINED)
+    def find_rows(job, n, ahead, code, count, addresses, spare, spare_row):
+        """Addresses of `count` codes of rows from `n` on, those from `code` on.
+
+        Codes that cross words are widened to bytes before, in `spare`, `spare_row` bytes for each row. Those of the row
+        that is `ahead` rows further are prefetched.
+        """
+        rows = addresses_at(addresses, LANES)
+        for lane in range(LANES):
+            row = row_of(job, min(n + lane, job.out_features - 1)) + code * bits // 8
+            prefetch_lines(row + ahead * job.packed_row, count * bits // 8)
+            if crossing:
+                widened = spare + lane * spare_row
+                for at in range(0, count, chunk):
+                    widen(row + at * bits // 8, widened + at, bits)
+                row = widened
+            rows[lane] = row
+
+    return find_rows
 
 
-@njit(**COMPILED)
-def lay_codes(count, to, vectors, addresses, held, parts):
-    """Unpack `count` codes of LANES rows to one of some vectors, `parts` in each lane of it."""
-    held, parts = literally(held), literally(parts)
-    for code in range(0, count, LANES * 32 // held):
-        at = to + code // parts * (vectors * VECTOR_BYTES)
-        codes_side_by_side(addresses, code * held // 8, at, vectors * VECTOR_BYTES, held, parts)
+@cache
+def code_layer(held: int, parts: int, vectors: int) -> Any:
+    """Function that unpacks codes of LANES rows to one of some vectors, `parts` in each lane of it."""
+    stride, together = vectors * VECTOR_BYTES, LANES * 32 // held
+
+    @njit(**INLINED)
+    def lay_codes(count, to, addresses):
+        """Unpack `count` codes of the rows that lie at the addresses."""
+        for code in range(0, count, together):
+            codes_side_by_side(addresses, code * held // 8, to + code // parts * stride, stride, held, parts)
+
+    return lay_codes
 
 
 @njit(**COMPILED)
@@ -97,4 +110,4 @@ def give(job, sums, apart, n, tiles, vectors):
                 if left >= LANES:
                     store(to, load(at))
                 elif left > 0:
-                    floats_at(to, left)[:] = floats_at(at, left)
+                    copy_bytes(to, at, 4 * left)

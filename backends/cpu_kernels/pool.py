@@ -24,7 +24,7 @@ from numba.extending import intrinsic
 
 from quantcore_backends.cpu_kernels.ahead import bring_near, go_on, learn
 from quantcore_backends.cpu_kernels.atomics import WORD, add_to_word, load_word, replaced, store_word
-from quantcore_backends.cpu_kernels.disk_cache import njit
+from quantcore_backends.cpu_kernels.disk_cache import COMPILED, njit
 
 __all__ = [
     "CPUS",
@@ -45,7 +45,7 @@ CPUS: Final = 640
 POOL_BYTES: Final = 896 + (8 + 64) * (MOST_WORKERS + 1)
 """Bytes of a pool. It starts at a multiple of 64."""
 
-_OPTIONS: Final[dict[str, Any]] = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
+_OPTIONS: Final[dict[str, Any]] = {**COMPILED, "cache": True}
 
 # Byte offsets in a pool; what different threads write lies in cache lines of its own.
 _STATE: Final = 0

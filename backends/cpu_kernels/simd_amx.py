@@ -11,9 +11,10 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from quantcore_backends.cpu_kernels.blocks import count_down
-from quantcore_backends.cpu_kernels.disk_cache import njit
-from quantcore_backends.cpu_kernels.job import COMPILED, bytes_at
+from quantcore_backends.cpu_kernels.disk_cache import COMPILED, njit
+from quantcore_backends.cpu_kernels.job import bytes_at
 from quantcore_backends.cpu_kernels.layout import CONFIGURATION
+from quantcore_backends.cpu_kernels.raw_memory import clear_bytes
 from quantcore_backends.cpu_kernels.simd_int import called
 from quantcore_backends.cpu_kernels.vectors import (
     BYTE,
@@ -70,7 +71,7 @@ def _load_configuration(typing: Any, address: Any) -> Any:
 def configure(place, height, run):
     """Make the tiles as large as :func:`matrix_product` needs them; `place` is the address of a configuration."""
     configuration = bytes_at(place, CONFIGURATION)
-    configuration[:] = 0
+    clear_bytes(place, CONFIGURATION)
     configuration[0] = 1
     for tile in range(_X[1] + 1):
         configuration[16 + 2 * tile] = run if tile in _X else _ROW

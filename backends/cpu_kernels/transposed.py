@@ -11,13 +11,13 @@ from typing import Any, Final
 
 import numpy as np
 
-from quantcore_backends.cpu_kernels.disk_cache import njit
+from quantcore_backends.cpu_kernels.disk_cache import COMPILED, njit
 from quantcore_backends.cpu_kernels.kernels import code_at, rest, zero_code
 from quantcore_backends.cpu_kernels.simd import LANES, codes, float_at, fma, load, minus, scale_at, splat, store
 
 __all__ = ["rows_by_few"]
 
-_OPTIONS: Final[dict[str, Any]] = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
+_OPTIONS: Final[dict[str, Any]] = {**COMPILED, "cache": True}
 _BLOCK: Final = 256
 _AT_ONCE: Final = 4
 

@@ -30,7 +30,8 @@ _EMULATED = """
 import numpy as np
 from numba import njit
 from quantcore_backends.cpu_kernels import amx, simd_amx
-from quantcore_backends.cpu_kernels.job import COMPILED, bytes_at, floats_at
+from quantcore_backends.cpu_kernels.disk_cache import COMPILED
+from quantcore_backends.cpu_kernels.job import bytes_at, floats_at
 
 @njit(**COMPILED)
 def configure(place, height, run):

@@ -5,13 +5,12 @@ What a kernel needs is worked out here from the shapes, not taken from the modul
 
 from typing import Final
 
-from numba import carray
-
 from quantcore import Scheme
 from quantcore_backends.cpu_kernels import integer, layout
 from quantcore_backends.cpu_kernels.activations import run_length
 from quantcore_backends.cpu_kernels.disk_cache import njit
 from quantcore_backends.cpu_kernels.job import CALL, JOB, PLAN, job_at
+from quantcore_backends.cpu_kernels.raw_memory import copy_bytes
 from quantcore_backends.cpu_kernels.vectors import LANES
 from quantcore_backends.jax_backend.ffi import parts
 from quantcore_backends.jax_backend.ffi.bodies import chosen_weight
@@ -28,7 +27,6 @@ from quantcore_backends.jax_backend.ffi.frame import (
     store64,
     table,
 )
-from quantcore_backends.jax_backend.ffi.operands import bytes_at
 
 __all__ = ["has_kernel", "load", "multiply"]
 
@@ -107,8 +105,7 @@ def _set_job(address, block, product, row, count, places, plan):
 def _copy_last_rows(job):
     """Copy rows of the weight to where there is memory behind them that a vector may read."""
     for n in range(job.safe, job.out_features):
-        source = carray(bytes_at(job.packed + n * job.packed_row), job.packed_row)
-        carray(bytes_at(job.copy + (n - job.safe) * job.copy_row), job.packed_row)[:] = source
+        copy_bytes(job.copy + (n - job.safe) * job.copy_row, job.packed + n * job.packed_row, job.packed_row)
 
 
 @njit(**OPTIONS)

@@ -12,6 +12,7 @@ from numba.extending import intrinsic
 
 from quantcore_backends.cpu_kernels import kernels
 from quantcore_backends.cpu_kernels.disk_cache import njit
+from quantcore_backends.cpu_kernels.raw_memory import clear_bytes, copy_bytes
 from quantcore_backends.jax_backend.ffi import bodies, pool
 from quantcore_backends.jax_backend.ffi.abi import CONSTANTS, OFFSETS
 from quantcore_backends.jax_backend.ffi.bodies import FIELDS, doubles, floats
@@ -146,9 +147,8 @@ def _copy_tail(block):
     memory = malloc(length + _OVERREAD)
     if memory != 0:
         start = load64(block + _PACKED) + (load64(block + _STACK) * rows * row - length)
-        source, target = carray(bytes_at(start), length), carray(bytes_at(memory), length + _OVERREAD)
-        target[:length] = source
-        target[length:] = 0
+        copy_bytes(memory, start, length)
+        clear_bytes(memory + length, _OVERREAD)
     return memory
 
 

@@ -58,7 +58,10 @@ def _floats(frame, spec, block, product, row, count):
     failed = run_few_rows(frame, spec, block, 1)
     if count != 1:
         if failed == 0:
-            carray(floats(made), (count, rows))[:, :] = carray(floats(turned), (rows, count)).T
+            there, here = carray(floats(turned), (rows, count)), carray(floats(made), (count, rows))
+            for m in range(count):
+                for n in range(rows):
+                    here[m, n] = there[n, m]
         free(turned)
     store64(block + _X, x)
     store64(block + _WHICH, which)
