@@ -276,7 +276,7 @@ _OTHER = """
 import numpy as np, quantcore as qc
 from quantcore.testing import oracle
 from quantcore_backends.cpu_kernels import vectors
-for bits, group in ((1, 32), (2, 64), (3, 16), (4, 64), (5, 128), (8, 32)):
+for bits, group in SCHEMES:
     rng = np.random.default_rng(bits)
     qw = qc.quantize(rng.standard_normal((19, 328)).astype(np.float32), bits=bits, group_size=group, pad=True)
     exact = oracle.exact_weight(qw.packed, qw.scales, qw.biases, qw.scheme, 328)
@@ -295,14 +295,20 @@ print(vectors.LANES)
     "features",
     ["", pytest.param("+sse4.2,+ssse3,+popcnt", marks=pytest.mark.slow), "+avx2,+fma,+f16c,+avx"],
 )
-def test_lesser_targets_keep_the_bounds(features: str, tmp_path: Any) -> None:
+@pytest.mark.parametrize(
+    "schemes",
+    [[(1, 32), (3, 16), (4, 64)], pytest.param([(2, 64), (5, 128), (8, 32)], marks=pytest.mark.slow)],
+    ids=["1, 3 and 4 bits", "2, 5 and 8 bits"],
+)
+def test_lesser_targets_keep_the_bounds(features: str, schemes: Any, tmp_path: Any) -> None:
     environment = {
         **os.environ,
         "NUMBA_CPU_NAME": "generic",
         "NUMBA_CPU_FEATURES": features,
         "NUMBA_CACHE_DIR": str(tmp_path),
     }
-    done = subprocess.run([sys.executable, "-c", _OTHER], env=environment, capture_output=True, text=True, check=False)
+    code = _OTHER.replace("SCHEMES", repr(schemes))
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == "8\n", done.stderr[-2000:]
 
 
