@@ -17,6 +17,7 @@ and of this one, have a say.
 import hashlib
 from collections.abc import Callable
 from functools import cache
+from glob import escape
 from pathlib import Path
 from typing import Any, Final
 
@@ -51,8 +52,16 @@ class _NumberedByContent(IndexDataCacheFile):
         """Save the code first, so that no index names a file that isn't there."""
         digest = hashlib.sha256(repr((self._source_stamp, key)).encode()).hexdigest()
         name = self._data_name(int(digest[:16], 16))
+        if not self._load_index():
+            self._remove_other_versions()
         self._save_data(name, data)
         self._save_index({**self._load_index(), key: name})
+
+    def _remove_other_versions(self) -> None:
+        """Remove code of other sources, which no index names any more."""
+        base = Path(self._index_path).stem
+        for path in Path(self._cache_path).glob(f"{escape(base)}.*.nbc"):
+            path.unlink(missing_ok=True)
 
 
 class _Cache(FunctionCache):

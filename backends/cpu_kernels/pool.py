@@ -17,6 +17,7 @@ thread is often put on its waker's CPU, where it waits for the waker to finish, 
 import platform
 from typing import Any, Final
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -195,7 +196,7 @@ def work(pool, thread, workers, native, looks):
     since NumPy's BLAS wants the cores between these.
     """
     store_word(pool + _THREADS + 8 * (thread - 1), native)
-    seen, patience = 0, looks
+    seen, patience = np.int64(0), looks  # a literal 0 would be another type
     while load_word(pool + _STOP) == 0:
         spins = 0
         while load_word(pool + _STATE) // _GENERATION == seen and spins < patience:
@@ -274,7 +275,7 @@ def parallel(pool, function, job, count, block, weight=0):
     store_word(pool + _STATE, generation * _GENERATION + _OPEN)
     if load_word(pool + _SLEEPERS) > 0:
         _wake(pool)
-    _drain(pool, 0)
+    _drain(pool, np.int64(0))  # as the others are
     state = load_word(pool + _STATE)
     while not replaced(pool + _STATE, state, state - _OPEN):
         state = load_word(pool + _STATE)

@@ -86,6 +86,7 @@ def test_another_version_of_the_source_is_compiled_anew(cache: Path, monkeypatch
     monkeypatch.setattr(_SourceFileBackedLocatorMixin, "get_source_stamp", lambda self: "another")
     assert times(5)._cache_hits == 0
     assert times(5)._cache_hits == 1
+    assert len(list(cache.rglob("*.nbc"))) == 1  # the code of the one before is gone
 
 
 def test_another_version_of_a_neighbour_is_compiled_anew(tmp_path: Path) -> None:
