@@ -13,7 +13,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from quantcore.scheme import BITS, GROUP_SIZES
-from quantcore_backends.cpu_kernels.disk_cache import njit
+from quantcore_backends.cpu_kernels.disk_cache import INLINED, njit
 from quantcore_backends.jax_backend.ffi.abi import CONSTANTS, OFFSETS
 
 __all__ = [
@@ -176,7 +176,7 @@ def table(typing: Any) -> Any:
 # --- the call frame -------------------------------------------------------------------------------------------
 
 
-@njit(**OPTIONS)
+@njit(**INLINED)
 def answers_query(frame):
     """Whether the frame asks for the handler's metadata, which is answered, or is of a stage without work."""
     extension = load64(frame + _EXTENSION)
@@ -207,19 +207,19 @@ def error(frame, message, code):
     return made
 
 
-@njit(**OPTIONS)
+@njit(**INLINED)
 def argument(frame, place, count):
     """The buffer of an operand; 0 where there aren't `count` operands."""
     return load64(load64(frame + _ARGS) + 8 * place) if load64(frame + _NARGS) == count else 0
 
 
-@njit(**OPTIONS)
+@njit(**INLINED)
 def result(frame):
     """The buffer of the one result; 0 where there are more."""
     return load64(load64(frame + _RETS)) if load64(frame + _NRETS) == 1 else 0
 
 
-@njit(**OPTIONS)
+@njit(**INLINED)
 def attribute(frame, count):
     """Address of the one attribute's `count` 64-bit integers; 0 where there is no such attribute."""
     if load64(frame + _NATTRS) != 1 or load32(load64(frame + _ATTR_TYPES)) != _IS_ARRAY:
@@ -230,13 +230,13 @@ def attribute(frame, count):
     return load64(array + _ARRAY_DATA)
 
 
-@njit(**OPTIONS)
+@njit(**INLINED)
 def is_array(buffer, dtype, rank):
     """Whether there is a buffer, and of that dtype and rank."""
     return buffer != 0 and load32(buffer + _DTYPE) == dtype and load64(buffer + _RANK) == rank
 
 
-@njit(**OPTIONS)
+@njit(**INLINED)
 def dimension(buffer, axis):
     """Length of a buffer's axis."""
     return load64(load64(buffer + _DIMS) + 8 * axis)

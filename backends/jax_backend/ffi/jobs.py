@@ -8,7 +8,7 @@ from typing import Final
 from quantcore import Scheme
 from quantcore_backends.cpu_kernels import integer, layout
 from quantcore_backends.cpu_kernels.activations import run_length
-from quantcore_backends.cpu_kernels.disk_cache import njit
+from quantcore_backends.cpu_kernels.disk_cache import INLINED, njit
 from quantcore_backends.cpu_kernels.job import CALL, JOB, PLAN, job_at
 from quantcore_backends.cpu_kernels.raw_memory import copy_bytes
 from quantcore_backends.cpu_kernels.vectors import LANES
@@ -51,7 +51,7 @@ _together = njit(**OPTIONS)(layout.together)
 _turns = njit(**OPTIONS)(layout.turns)
 
 
-@njit(**OPTIONS)
+@njit(**INLINED)
 def _entry(bits, group, kind, width, together):
     """Where in the table kernels stand: rounder, kernel, and codes at a time or rows of a block.
 
@@ -66,14 +66,14 @@ def _entry(bits, group, kind, width, together):
     return FIRST_ROUNDED + 3 * (scheme * KERNELS + kernel)
 
 
-@njit(**OPTIONS)
+@njit(**INLINED)
 def _kernels(spec, rows_of_x, width):
     """Address of what the table has for so many rows of x."""
     bits, group, kind = load64(spec + _BITS), load64(spec + _GROUP), load64(spec + _KIND)
     return table() + 8 * _entry(bits, group, kind, width, _together(rows_of_x, _FEW_ROWS))
 
 
-@njit(**OPTIONS)
+@njit(**INLINED)
 def has_kernel(spec, block, width):
     """Whether there are kernels of that width for so many rows of x, and they are loaded."""
     count = load64(block + _COUNT)
@@ -83,7 +83,7 @@ def has_kernel(spec, block, width):
     return load64(_kernels(spec, count, width)) != 0
 
 
-@njit(**OPTIONS)
+@njit(**INLINED)
 def _set_job(address, block, product, row, count, places, plan):
     """Write down one product of `count` rows of x, from `row` on; of what lies behind the job, `places` says where."""
     all_rows, rows, columns = load64(block + _COUNT), load64(block + _ROWS), load64(block + _COLUMNS)
@@ -101,7 +101,7 @@ def _set_job(address, block, product, row, count, places, plan):
         store64(address + _PLAN_AT + 8 * i, plan[i])
 
 
-@njit(**OPTIONS)
+@njit(**INLINED)
 def _copy_last_rows(job):
     """Copy rows of the weight to where there is memory behind them that a vector may read."""
     for n in range(job.safe, job.out_features):

@@ -11,7 +11,7 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from quantcore_backends.cpu_kernels import kernels
-from quantcore_backends.cpu_kernels.disk_cache import njit
+from quantcore_backends.cpu_kernels.disk_cache import INLINED, njit
 from quantcore_backends.cpu_kernels.raw_memory import clear_bytes, copy_bytes
 from quantcore_backends.jax_backend.ffi import bodies, pool
 from quantcore_backends.jax_backend.ffi.abi import CONSTANTS, OFFSETS
@@ -91,7 +91,7 @@ no_memory = _text("quantcore: out of memory")
 bytes_at = bodies.pointer(types.uint8)
 
 
-@njit(**OPTIONS)
+@njit(**INLINED)
 def _is_known(spec):
     """Whether there is such a scheme, and the body is one for it."""
     bits, group, kind = load64(spec + _BITS), load64(spec + _GROUP), load64(spec + _KIND)
@@ -139,7 +139,7 @@ def set_weight(block, spec, packed, scales, biases):
     return True
 
 
-@njit(**OPTIONS)
+@njit(**INLINED)
 def _copy_tail(block):
     """The last rows copied to where there is memory behind them that a vector may read; 0 where there is none."""
     rows, row, safe = load64(block + _ROWS), load64(block + _ROW), load64(block + _SAFE)

@@ -8,7 +8,7 @@ from typing import Final
 
 from numba import types
 
-from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
+from quantcore_backends.cpu_kernels.disk_cache import INLINED, cfunc, njit
 from quantcore_backends.cpu_kernels.job import job_at
 from quantcore_backends.cpu_kernels.pool import call_kernel
 from quantcore_backends.jax_backend.ffi import pool
@@ -25,7 +25,7 @@ TOLD: Final = 448
 """Bytes of that."""
 
 
-@njit(**OPTIONS)
+@njit(**INLINED)
 def set_jobs(told, jobs, stride, count):
     """Write down where the jobs are."""
     store64(told + _JOBS, jobs)
@@ -33,7 +33,7 @@ def set_jobs(told, jobs, stride, count):
     store64(told + _COUNT, count)
 
 
-@njit(**OPTIONS)
+@njit(**INLINED)
 def _set_turn(turn, kernel, whole, size):
     store64(turn + _KERNEL, kernel)
     store64(turn + _ALL, whole)
@@ -42,19 +42,19 @@ def _set_turn(turn, kernel, whole, size):
     store64(turn + _DONE, 0)
 
 
-@njit(**OPTIONS)
+@njit(**INLINED)
 def set_rounding(told, kernel, whole, size):
     """Write down the first turn: `size` of the `whole` are a part."""
     _set_turn(told + _ROUNDING, kernel, whole, size)
 
 
-@njit(**OPTIONS)
+@njit(**INLINED)
 def set_multiplying(told, kernel, whole, size):
     """Write down the second turn."""
     _set_turn(told + _MULTIPLYING, kernel, whole, size)
 
 
-@njit(**OPTIONS)
+@njit(**INLINED)
 def _parts(turn):
     """Parts of a job in a turn."""
     return (load64(turn + _ALL) + load64(turn + _SIZE) - 1) // load64(turn + _SIZE)

@@ -7,7 +7,7 @@ other thread ever comes; whoever is last to let go of the shared state frees it.
 
 from numba import types
 
-from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
+from quantcore_backends.cpu_kernels.disk_cache import INLINED, cfunc, njit
 from quantcore_backends.jax_backend.ffi.abi import OFFSETS
 from quantcore_backends.jax_backend.ffi.frame import (
     OPTIONS,
@@ -56,7 +56,7 @@ def wait(address, count):
             yield_processor()
 
 
-@njit(**OPTIONS)
+@njit(**INLINED)
 def _let_go(state):
     if atomic_add(state + _HELD, -1) == 1:
         free(state)

@@ -9,7 +9,7 @@ from typing import Final
 from numba import carray
 
 from quantcore_backends.cpu_kernels import integer
-from quantcore_backends.cpu_kernels.disk_cache import njit
+from quantcore_backends.cpu_kernels.disk_cache import INLINED, njit
 from quantcore_backends.jax_backend.ffi import jobs
 from quantcore_backends.jax_backend.ffi.bodies import floats
 from quantcore_backends.jax_backend.ffi.frame import OPTIONS, error, free, load64, malloc, store64
@@ -29,7 +29,7 @@ _X, _WHICH, _OUT, _COUNT, _ROWS, _COLUMNS = 0, 32, 40, 64, 72, 80
 _MOST: Final = integer.MOST
 
 
-@njit(**OPTIONS)
+@njit(**INLINED)
 def _tried(frame, spec, block, product, products, row, count, served):
     """Multiply by as few bits as are asked for and serve, and mark what is done; False without memory."""
     first = load64(spec + _WIDTH)
@@ -41,7 +41,7 @@ def _tried(frame, spec, block, product, products, row, count, served):
     return enough
 
 
-@njit(**OPTIONS)
+@njit(**INLINED)
 def _floats(frame, spec, block, product, row, count):
     """Some rows of one product in floats, the block being for all of them; 0, or an error."""
     all_rows, rows, columns = load64(block + _COUNT), load64(block + _ROWS), load64(block + _COLUMNS)
@@ -70,7 +70,7 @@ def _floats(frame, spec, block, product, row, count):
     return failed
 
 
-@njit(**OPTIONS)
+@njit(**INLINED)
 def _go(frame, spec, block, product, products, row, count, served):
     """Some rows of some products; 0, or an error."""
     served[:products] = 0
