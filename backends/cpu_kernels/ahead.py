@@ -7,18 +7,16 @@ memory that isn't there does nothing.
 """
 
 import itertools
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from quantcore_backends.cpu_kernels.atomics import load_word, store_word
-from quantcore_backends.cpu_kernels.disk_cache import COMPILED, njit
+from quantcore_backends.cpu_kernels.disk_cache import CACHED, COMPILED, njit
 from quantcore_backends.cpu_kernels.simd import prefetch
 
 __all__ = ["bring_near", "go_on", "learn", "prefetch_lines", "rows_ahead", "slot_of"]
 
-_OPTIONS: Final[dict[str, Any]] = {**COMPILED, "cache": True}
-_FORCED: Final[dict[str, Any]] = {**COMPILED, "forceinline": True}
 _LINE: Final = 64
 _STREAM: Final = 32768
 """Bytes of a weight, at least, between what few rows of x are multiplied by and what is prefetched."""
@@ -37,7 +35,7 @@ _given: Final[dict[tuple[int, ...], int]] = {}
 """Addresses of slots by what is said in them."""
 
 
-@njit(**_FORCED)
+@njit(forceinline=True, **COMPILED)
 def prefetch_lines(address, size):
     """Begin to bring `size` bytes near.
 
@@ -48,7 +46,7 @@ def prefetch_lines(address, size):
         prefetch(address + line)
 
 
-@njit(**_FORCED)
+@njit(forceinline=True, **COMPILED)
 def rows_ahead(job):
     """How many rows lie, in whole blocks of four, between those that are multiplied and those that are prefetched."""
     four = 4 * job.packed_row
@@ -70,7 +68,7 @@ def slot_of(packed: int, packed_bytes: int, scales: int, biases: int, scale_byte
     return address
 
 
-@njit(**_OPTIONS)
+@njit(**CACHED)
 def learn(last, weight):
     """Note that one weight came after another; it is expected there once that was so twice."""
     if last == 0 or weight == 0:
@@ -82,7 +80,7 @@ def learn(last, weight):
         store_word(last + _NEXT, weight)
 
 
-@njit(**_OPTIONS)
+@njit(**CACHED)
 def _prefetch_piece(weight, piece):
     """Prefetch a piece of a weight, or say that it hasn't so many."""
     size, scale_size = load_word(weight + _PACKED_BYTES), load_word(weight + _SCALE_BYTES)
@@ -99,7 +97,7 @@ def _prefetch_piece(weight, piece):
     return True
 
 
-@njit(**_OPTIONS)
+@njit(**CACHED)
 def go_on(place, weight):
     """Take note that the product with `weight` is done.
 
@@ -117,7 +115,7 @@ def go_on(place, weight):
     store_word(place + _EXPECTED, following)
 
 
-@njit(**_OPTIONS)
+@njit(**CACHED)
 def bring_near(place, worker, workers):
     """Prefetch the next piece that is a worker's, of all `workers`; whether it isn't far enough ahead."""
     weight, piece, ahead = load_word(place + _AT), load_word(place + _PIECE), load_word(place + _AHEAD)

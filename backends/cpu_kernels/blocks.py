@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from quantcore_backends.cpu_kernels.simd_int import add_products, byte_pairs, called, codes_of_words, form, lane_codes
+from quantcore_backends.cpu_kernels.simd_int import add_products, byte_pairs, codes_of_words, form, lane_codes
 from quantcore_backends.cpu_kernels.vectors import (
     BYTES,
     DWORD,
@@ -26,6 +26,7 @@ from quantcore_backends.cpu_kernels.vectors import (
     SHORT,
     SHORTS,
     VECTOR_BYTES,
+    called,
     constant,
     fused,
     offset,

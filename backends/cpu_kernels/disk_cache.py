@@ -26,10 +26,13 @@ from numba.core import sigutils
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.ccallback import CFunc
 
-__all__ = ["COMPILED", "INLINED", "cfunc", "njit"]
+__all__ = ["CACHED", "COMPILED", "INLINED", "cfunc", "njit"]
 
 COMPILED: Final[dict[str, Any]] = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
 """Options of functions that kernels call. Kernels are cached on disk, with what they call."""
+
+CACHED: Final[dict[str, Any]] = {**COMPILED, "cache": True}
+"""Options of functions that are also called from Python, or kept on the disk for several callers."""
 
 INLINED: Final[dict[str, Any]] = {**COMPILED, "inline": "always"}
 """Options of functions that become part of what calls them before that is compiled: alone, they never are.

@@ -11,11 +11,11 @@ group (then `scale_step` is 0). Blocks of four that don't fit are filled by repe
 """
 
 from functools import cache
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
-from quantcore_backends.cpu_kernels.disk_cache import COMPILED, njit
+from quantcore_backends.cpu_kernels.disk_cache import CACHED, njit
 from quantcore_backends.cpu_kernels.simd import (
     LANES,
     byte_at,
@@ -34,10 +34,8 @@ from quantcore_backends.cpu_kernels.simd import (
 
 __all__ = ["dense_rows", "four_by_one", "one_by_four", "span_sums"]
 
-_OPTIONS: Final[dict[str, Any]] = {**COMPILED, "cache": True}
 
-
-@njit(**_OPTIONS)
+@njit(**CACHED)
 def code_at(address, index, bits):
     """One code of a bitstream."""
     bit = index * bits
@@ -47,7 +45,7 @@ def code_at(address, index, bits):
     return value & ((1 << bits) - 1)
 
 
-@njit(**_OPTIONS)
+@njit(**CACHED)
 def span_sums(x, rows, columns, span, sums):
     """Sum of each row of x over each span, accumulated in float64."""
     spans = sums.shape[1]
@@ -59,7 +57,7 @@ def span_sums(x, rows, columns, span, sums):
             sums[m, g] = value
 
 
-@njit(**_OPTIONS)
+@njit(**CACHED)
 def zero_code(scale, bias, bits):
     """The code that stands nearest to 0, from which codes are counted."""
     nearest = np.rint(-bias / scale)
@@ -67,7 +65,7 @@ def zero_code(scale, bias, bits):
     return min(nearest, top) if nearest > 0 else np.float32(0)  # 0 for NaN as well
 
 
-@njit(**_OPTIONS)
+@njit(**CACHED)
 def rest(scale, bias, origin):
     """What an element of x contributes beside its code, in float64: the bias, raised by the codes' origin."""
     return np.float64(bias) + np.float64(origin) * np.float64(scale)
@@ -77,7 +75,7 @@ def rest(scale, bias, origin):
 def four_by_one(bits: int, kind: int) -> Any:
     """Kernel for one row of x: four rows of the weight share its loads."""
 
-    @njit(**_OPTIONS)
+    @njit(**CACHED)
     def kernel(x, sums, packed, scales, biases, out, first, last, columns, span, flush, row, scale_row, scale_step):
         spans = (columns + span - 1) // span
         for n in range(first, last, 4):
@@ -131,7 +129,7 @@ def four_by_one(bits: int, kind: int) -> Any:
 def one_by_four(bits: int, kind: int) -> Any:
     """Kernel for several rows of x, four at a time: they share the unpacking of a row of the weight."""
 
-    @njit(**_OPTIONS)
+    @njit(**CACHED)
     def kernel(x, sums, packed, scales, biases, out, first, last, columns, span, flush, row, scale_row, scale_step):
         spans = (columns + span - 1) // span
         rows = out.shape[1]
@@ -180,7 +178,7 @@ def one_by_four(bits: int, kind: int) -> Any:
 def dense_rows(bits: int, kind: int) -> Any:
     """Kernel that makes rows dense: ``code * scale + bias`` in float32, two roundings."""
 
-    @njit(**_OPTIONS)
+    @njit(**CACHED)
     def kernel(packed, scales, biases, out, first, last, columns, span, row, scale_row, scale_step):
         spans = (columns + span - 1) // span
         base = out.ctypes.data

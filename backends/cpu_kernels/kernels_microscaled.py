@@ -9,19 +9,17 @@ the last row.
 """
 
 from functools import cache
-from typing import Any, Final
+from typing import Any
 
-from quantcore_backends.cpu_kernels.disk_cache import COMPILED, njit
+from quantcore_backends.cpu_kernels.disk_cache import CACHED, njit
 from quantcore_backends.cpu_kernels.kernels import code_at
 from quantcore_backends.cpu_kernels.simd import LANES, byte_at, float_at, fma, load, splat, store, times, total, zero
 from quantcore_backends.cpu_kernels.simd_microscaled import elements
 
 __all__ = ["dense_rows", "four_by_one", "one_by_four"]
 
-_OPTIONS: Final[dict[str, Any]] = {**COMPILED, "cache": True}
 
-
-@njit(**_OPTIONS)
+@njit(**CACHED)
 def scale_of(address, table):
     """The scale whose code is at an address."""
     return float_at(table + 4 * byte_at(address))
@@ -31,7 +29,7 @@ def scale_of(address, table):
 def four_by_one(bits: int) -> Any:
     """Kernel for one row of x: four rows of the weight share its loads."""
 
-    @njit(**_OPTIONS)
+    @njit(**CACHED)
     def kernel(x, packed, scales, table, values, out, first, last, columns, group, flush, row, scale_row):
         groups = (columns + group - 1) // group
         for n in range(first, last, 4):
@@ -74,7 +72,7 @@ def four_by_one(bits: int) -> Any:
 def one_by_four(bits: int) -> Any:
     """Kernel for several rows of x, four at a time: they share the decoding of a row of the weight."""
 
-    @njit(**_OPTIONS)
+    @njit(**CACHED)
     def kernel(x, packed, scales, table, values, out, first, last, columns, group, flush, row, scale_row):
         groups = (columns + group - 1) // group
         rows = out.shape[1]
@@ -118,7 +116,7 @@ def one_by_four(bits: int) -> Any:
 def dense_rows(bits: int) -> Any:
     """Kernel that makes rows dense: ``element * scale`` in float32."""
 
-    @njit(**_OPTIONS)
+    @njit(**CACHED)
     def kernel(packed, scales, table, values, out, first, last, columns, group, row, scale_row):
         groups = (columns + group - 1) // group
         base = out.ctypes.data

@@ -25,7 +25,7 @@ from numba.extending import intrinsic
 
 from quantcore_backends.cpu_kernels.ahead import bring_near, go_on, learn
 from quantcore_backends.cpu_kernels.atomics import WORD, add_to_word, load_word, replaced, store_word
-from quantcore_backends.cpu_kernels.disk_cache import COMPILED, njit
+from quantcore_backends.cpu_kernels.disk_cache import CACHED, njit
 
 __all__ = [
     "CPUS",
@@ -46,7 +46,6 @@ CPUS: Final = 640
 POOL_BYTES: Final = 896 + (8 + 64) * (MOST_WORKERS + 1)
 """Bytes of a pool. It starts at a multiple of 64."""
 
-_OPTIONS: Final[dict[str, Any]] = {**COMPILED, "cache": True}
 
 # Byte offsets in a pool; what different threads write lies in cache lines of its own.
 _STATE: Final = 0
@@ -134,28 +133,28 @@ _current_cpu = _library("sched_getcpu", 0, _LINUX)
 _set_affinity = _library("sched_setaffinity", 3, _LINUX)
 
 
-@njit(**_OPTIONS)
+@njit(**CACHED)
 def prepare(pool):
     """Make `POOLWORDS` zeroed words a pool."""
     _mutex_init(pool + _MUTEX, 0)
     _condition_init(pool + _CONDITION, 0)
 
 
-@njit(**_OPTIONS)
+@njit(**CACHED)
 def _wake(pool):
     _mutex_lock(pool + _MUTEX)
     _condition_broadcast(pool + _CONDITION)
     _mutex_unlock(pool + _MUTEX)
 
 
-@njit(**_OPTIONS)
+@njit(**CACHED)
 def stop(pool):
     """Make the workers return."""
     store_word(pool + _STOP, 1)
     _wake(pool)
 
 
-@njit(**_OPTIONS)
+@njit(**CACHED)
 def _sleep(pool, seen):
     """Wait until the generation isn't `seen` any more."""
     _mutex_lock(pool + _MUTEX)
@@ -166,7 +165,7 @@ def _sleep(pool, seen):
     _mutex_unlock(pool + _MUTEX)
 
 
-@njit(**_OPTIONS)
+@njit(**CACHED)
 def _drain(pool, thread):
     """Do parts of the job until none is left."""
     function, job = load_word(pool + _JOB), load_word(pool + _JOB + 8)
@@ -178,7 +177,7 @@ def _drain(pool, thread):
         call_kernel(function, job, thread, first, min(first + block, count))
 
 
-@njit(**_OPTIONS)
+@njit(**CACHED)
 def look(pool, times):
     """What a waiting worker does, so many times: to find out how long it takes here."""
     spins = 0
@@ -187,7 +186,7 @@ def look(pool, times):
         _pause()
 
 
-@njit(**_OPTIONS)
+@njit(**CACHED)
 def work(pool, thread, workers, native, looks):
     """What a worker does all its life.
 
@@ -221,7 +220,7 @@ def work(pool, thread, workers, native, looks):
                     pass
 
 
-@njit(**_OPTIONS)
+@njit(**CACHED)
 def keep_apart(pool):
     """Keep the workers off the caller's CPU. Only who holds the pool may call it."""
     cpu = _current_cpu()
@@ -241,7 +240,7 @@ def keep_apart(pool):
     store_word(pool + _APART, cpu + 1)
 
 
-@njit(**_OPTIONS)
+@njit(**CACHED)
 def parallel(pool, function, job, count, block, weight=0):
     """Call ``function(job, thread, first, last)`` on parts of ``range(count)``, some of them in the pool's threads.
 

@@ -7,14 +7,14 @@ fit, whose text takes longer to compile than a kernel.
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.extending import intrinsic
 
-from quantcore_backends.cpu_kernels.vectors import BYTE
+from quantcore_backends.cpu_kernels.vectors import BYTE, byte_pointer, called
 
 __all__ = ["clear_bytes", "copy_bytes"]
 
-_BIT = ir.IntType(1)
+_NOT_VOLATILE = ir.Constant(ir.IntType(1), 0)
 
 
 @intrinsic
@@ -22,8 +22,8 @@ def copy_bytes(typing: Any, to: Any, source: Any, size: Any) -> Any:
     """Copy `size` bytes from one address to another; the two pieces don't overlap."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        to, source = (_pointer(builder, address) for address in args[:2])
-        _call(builder, "llvm.memcpy.p0.p0.i64", [to, source, args[2]])
+        to, source = (byte_pointer(builder, address) for address in args[:2])
+        called(builder, "llvm.memcpy.p0.p0.i64", ir.VoidType(), [to, source, args[2], _NOT_VOLATILE])
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp, types.intp), generate
@@ -34,17 +34,8 @@ def clear_bytes(typing: Any, to: Any, size: Any) -> Any:
     """Make `size` bytes from an address on 0."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _call(builder, "llvm.memset.p0.i64", [_pointer(builder, args[0]), ir.Constant(BYTE, 0), args[1]])
+        to, zero = byte_pointer(builder, args[0]), ir.Constant(BYTE, 0)
+        called(builder, "llvm.memset.p0.i64", ir.VoidType(), [to, zero, args[1], _NOT_VOLATILE])
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp), generate
-
-
-def _pointer(builder: Any, address: Any) -> Any:
-    return builder.inttoptr(address, BYTE.as_pointer())
-
-
-def _call(builder: Any, name: str, arguments: list[Any]) -> None:
-    kinds = [*(argument.type for argument in arguments), _BIT]
-    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), kinds), name)
-    builder.call(function, [*arguments, ir.Constant(_BIT, 0)])  # not volatile

@@ -15,7 +15,6 @@ from quantcore_backends.cpu_kernels.disk_cache import COMPILED, njit
 from quantcore_backends.cpu_kernels.job import bytes_at
 from quantcore_backends.cpu_kernels.layout import CONFIGURATION
 from quantcore_backends.cpu_kernels.raw_memory import clear_bytes
-from quantcore_backends.cpu_kernels.simd_int import called
 from quantcore_backends.cpu_kernels.vectors import (
     BYTE,
     DWORDS,
@@ -23,6 +22,8 @@ from quantcore_backends.cpu_kernels.vectors import (
     FLOATS,
     LANES,
     QWORD,
+    byte_pointer,
+    called,
     constant,
     fused,
     offset,
@@ -54,14 +55,10 @@ def _tile(number: int) -> Any:
     return ir.Constant(BYTE, number)
 
 
-def _pointer(builder: Any, address: Any) -> Any:
-    return builder.inttoptr(address, BYTE.as_pointer())
-
-
 @intrinsic
 def _load_configuration(typing: Any, address: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _call(builder, "ldtilecfg", _pointer(builder, args[0]))
+        _call(builder, "ldtilecfg", byte_pointer(builder, args[0]))
         return context.get_dummy_value()
 
     return types.void(types.intp), generate
@@ -169,14 +166,14 @@ class _Block:
         builder, x_row = self.builder, self.run * self.layers
         x, codes = self._at(self.x, number, self.height * x_row), self._at(self.codes, number, self.run * LANES)
         stride, spilled = ir.Constant(QWORD, _ROW), self._spilled(number)
-        _call(builder, "tileloadd64", _tile(_CODES), _pointer(builder, codes), stride)
+        _call(builder, "tileloadd64", _tile(_CODES), byte_pointer(builder, codes), stride)
         for layer in range(self.layers):
-            its = _pointer(builder, offset(builder, x, layer * self.run))
+            its = byte_pointer(builder, offset(builder, x, layer * self.run))
             _call(builder, "tilezero", _tile(_SUMS[layer]))
             _call(builder, "tileloadd64", _tile(_X[layer]), its, ir.Constant(QWORD, x_row))
             _call(builder, "tdpbsud", _tile(_SUMS[layer]), _tile(_X[layer]), _tile(_CODES))
         for layer in range(self.layers):
-            to = _pointer(builder, offset(builder, spilled, layer * _TILE))
+            to = byte_pointer(builder, offset(builder, spilled, layer * _TILE))
             _call(builder, "tilestored64", _tile(_SUMS[layer]), to, stride)
 
     def scale(self, number: Any) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.extending import intrinsic
 
 from quantcore_backends.cpu_kernels.layout import FLOAT_WIDTH
@@ -28,6 +28,7 @@ from quantcore_backends.cpu_kernels.vectors import (
     QWORD,
     SHORT,
     SHORTS,
+    called,
     constant,
     floats,
     half_as_float,
@@ -267,12 +268,6 @@ def _sdot(builder: Any, total: Any, codes: Any, x: Any) -> Any:
         arguments = [shuffled(builder, total, lanes), shuffled(builder, codes, places), shuffled(builder, x, places)]
         parts.append(called(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", quad, arguments))
     return builder.shuffle_vector(parts[0], parts[1], constant(list(range(8))))
-
-
-def called(builder: Any, name: str, result: Any, arguments: Sequence[Any]) -> Any:
-    """Result of one of LLVM's intrinsic functions."""
-    kind = ir.FunctionType(result, [argument.type for argument in arguments])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), list(arguments))
 
 
 @intrinsic

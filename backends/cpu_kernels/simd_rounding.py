@@ -8,10 +8,10 @@ from numba.core import cgutils, types
 from numba.core.types.containers import Tuple
 from numba.extending import intrinsic
 
-from quantcore_backends.cpu_kernels.simd_int import called
 from quantcore_backends.cpu_kernels.vectors import (
     DWORD,
     FLOAT,
+    called,
     constant,
     offset,
     read,

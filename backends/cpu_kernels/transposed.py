@@ -11,13 +11,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from quantcore_backends.cpu_kernels.disk_cache import COMPILED, njit
+from quantcore_backends.cpu_kernels.disk_cache import CACHED, njit
 from quantcore_backends.cpu_kernels.kernels import code_at, rest, zero_code
 from quantcore_backends.cpu_kernels.simd import LANES, codes, float_at, fma, load, minus, scale_at, splat, store
 
 __all__ = ["rows_by_few"]
 
-_OPTIONS: Final[dict[str, Any]] = {**COMPILED, "cache": True}
 _BLOCK: Final = 256
 _AT_ONCE: Final = 4
 
@@ -32,7 +31,7 @@ def rows_by_few(bits: int, kind: int) -> Any:
     and count · spans float64, where spans are last − first.
     """
 
-    @njit(**_OPTIONS)
+    @njit(**CACHED)
     def kernel(
         x,
         x_row,

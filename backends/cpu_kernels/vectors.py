@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Sequence
 from typing import Any, Final
 
 import llvmlite.binding as llvm
@@ -23,6 +24,8 @@ __all__ = [
     "SHORT",
     "SHORTS",
     "VECTOR_BYTES",
+    "byte_pointer",
+    "called",
     "constant",
     "floats",
     "fused",
@@ -118,12 +121,21 @@ def write(builder: Any, address: Any, value: Any) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
 
 
+def called(builder: Any, name: str, result: Any, arguments: Sequence[Any]) -> Any:
+    """Result of one of LLVM's intrinsic functions."""
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), list(arguments))
+
+
+def byte_pointer(builder: Any, address: Any) -> Any:
+    """An address as LLVM's functions take it."""
+    return builder.inttoptr(address, BYTE.as_pointer())
+
+
 def prefetched(builder: Any, address: Any, nearness: int) -> None:
     """Begin to bring a cache line near: 3 is the nearest cache, 2 the next. The address may be anything."""
-    pointer = builder.inttoptr(address, BYTE.as_pointer())
-    kind = ir.FunctionType(ir.VoidType(), [pointer.type, DWORD, DWORD, DWORD])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [pointer, *(ir.Constant(DWORD, value) for value in (0, nearness, 1))])
+    how = (ir.Constant(DWORD, value) for value in (0, nearness, 1))
+    called(builder, "llvm.prefetch.p0", ir.VoidType(), [byte_pointer(builder, address), *how])
 
 
 def shuffled(builder: Any, vector: Any, places: list[int]) -> Any:
@@ -140,9 +152,7 @@ def repeat(builder: Any, value: Any, count: int) -> Any:
 
 def fused(builder: Any, one: Any, two: Any, three: Any) -> Any:
     """``one * two + three``, vectors of float32, rounded once."""
-    kind = ir.FunctionType(FLOATS, [FLOATS] * 3)
-    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")
-    return builder.call(function, [one, two, three])
+    return called(builder, f"llvm.fma.v{LANES}f32", FLOATS, [one, two, three])
 
 
 def half_as_float(builder: Any, stored: Any) -> Any:

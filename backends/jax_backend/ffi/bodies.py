@@ -12,10 +12,10 @@ from numba import carray, types
 from numba.extending import intrinsic, overload
 
 from quantcore_backends.cpu_kernels import kernels, transposed
-from quantcore_backends.cpu_kernels.disk_cache import cfunc, njit
+from quantcore_backends.cpu_kernels.disk_cache import CACHED, cfunc, njit
 from quantcore_backends.cpu_kernels.kernels import code_at
 from quantcore_backends.cpu_kernels.simd import float_at, scale_at
-from quantcore_backends.jax_backend.ffi.frame import OPTIONS, free, load32, load64, malloc
+from quantcore_backends.jax_backend.ffi.frame import free, load32, load64, malloc
 
 __all__ = [
     "CHUNK_COLUMNS",
@@ -104,7 +104,7 @@ def _kernel_of(operation, bits, kind, *args):
     return run
 
 
-@njit(**OPTIONS)
+@njit(**CACHED)
 def chosen_weight(operands, product):
     """The weight that a product is with; in range whatever the index says."""
     which = load64(operands + _WHICH)

@@ -13,7 +13,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from quantcore.scheme import BITS, GROUP_SIZES
-from quantcore_backends.cpu_kernels.disk_cache import INLINED, njit
+from quantcore_backends.cpu_kernels.disk_cache import CACHED, INLINED, njit
 from quantcore_backends.jax_backend.ffi.abi import CONSTANTS, OFFSETS
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "FIRST_ROUNDED",
     "KERNELS",
     "KINDS",
-    "OPTIONS",
     "TABLE",
     "WIDEST",
     "answers_query",
@@ -44,7 +43,6 @@ __all__ = [
     "yield_processor",
 ]
 
-OPTIONS: Final[dict[str, Any]] = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
 
 FIRST_BODY: Final = 16
 FIRST_ROUNDED: Final = 256
@@ -193,7 +191,7 @@ def answers_query(frame):
     return load32(frame + _STAGE) != _IS_EXECUTE
 
 
-@njit(**OPTIONS)
+@njit(**CACHED)
 def error(frame, message, code):
     """An error of XLA's: exceptions are lost between a compiled function and its C caller."""
     memory = malloc(32)

@@ -8,7 +8,7 @@ from typing import Final
 from quantcore import Scheme
 from quantcore_backends.cpu_kernels import integer, layout
 from quantcore_backends.cpu_kernels.activations import run_length
-from quantcore_backends.cpu_kernels.disk_cache import INLINED, njit
+from quantcore_backends.cpu_kernels.disk_cache import CACHED, INLINED, njit
 from quantcore_backends.cpu_kernels.job import CALL, JOB, PLAN, job_at
 from quantcore_backends.cpu_kernels.raw_memory import copy_bytes
 from quantcore_backends.cpu_kernels.vectors import LANES
@@ -18,7 +18,6 @@ from quantcore_backends.jax_backend.ffi.frame import (
     FIRST_ROUNDED,
     KERNELS,
     KINDS,
-    OPTIONS,
     TABLE,
     WIDEST,
     free,
@@ -42,13 +41,13 @@ _THREADED: Final = integer.THREADED
 _FEW_ROWS: Final = integer.FEW_ROWS
 _FLOATS: Final = integer.FLOATS
 
-_bound = njit(**OPTIONS)(layout.bound)
-_of_few_rows = njit(**OPTIONS)(layout.of_few_rows)
-_of_tiles = njit(**OPTIONS)(layout.of_tiles)
-_places = njit(**OPTIONS)(layout.places)
-_plan = njit(**OPTIONS)(layout.plan)
-_together = njit(**OPTIONS)(layout.together)
-_turns = njit(**OPTIONS)(layout.turns)
+_bound = njit(**CACHED)(layout.bound)
+_of_few_rows = njit(**CACHED)(layout.of_few_rows)
+_of_tiles = njit(**CACHED)(layout.of_tiles)
+_places = njit(**CACHED)(layout.places)
+_plan = njit(**CACHED)(layout.plan)
+_together = njit(**CACHED)(layout.together)
+_turns = njit(**CACHED)(layout.turns)
 
 
 @njit(**INLINED)
@@ -108,7 +107,7 @@ def _copy_last_rows(job):
         copy_bytes(job.copy + (n - job.safe) * job.copy_row, job.packed + n * job.packed_row, job.packed_row)
 
 
-@njit(**OPTIONS)
+@njit(**CACHED)
 def multiply(frame, spec, block, product, products, row, count, width, served):
     """Multiply `count` rows of x from `row` on, of `products` from `product` on, that aren't served yet.
 

@@ -11,14 +11,13 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from quantcore_backends.cpu_kernels import kernels
-from quantcore_backends.cpu_kernels.disk_cache import INLINED, njit
+from quantcore_backends.cpu_kernels.disk_cache import CACHED, INLINED, njit
 from quantcore_backends.cpu_kernels.raw_memory import clear_bytes, copy_bytes
 from quantcore_backends.jax_backend.ffi import bodies, pool
 from quantcore_backends.jax_backend.ffi.abi import CONSTANTS, OFFSETS
 from quantcore_backends.jax_backend.ffi.bodies import FIELDS, doubles, floats
 from quantcore_backends.jax_backend.ffi.frame import (
     FIRST_BODY,
-    OPTIONS,
     dimension,
     error,
     free,
@@ -105,7 +104,7 @@ def _is_known(spec):
     return load64(spec + _SPAN) == (group if group else _ROW_SPAN) and load64(spec + _FLUSH) > 0
 
 
-@njit(**OPTIONS)
+@njit(**CACHED)
 def set_weight(block, spec, packed, scales, biases):
     """Write down a stack of weights; False where it isn't one of that scheme."""
     if not _is_known(spec):
@@ -152,7 +151,7 @@ def _copy_tail(block):
     return memory
 
 
-@njit(**OPTIONS)
+@njit(**CACHED)
 def run(frame, spec, block, chunks):
     """Run the body over all chunks; an error where it isn't there or has no memory."""
     body = load64(table() + 8 * load64(spec + _BODY))
@@ -167,7 +166,7 @@ def run(frame, spec, block, chunks):
     return 0 if done else error(frame, no_memory(), EXHAUSTED)
 
 
-@njit(**OPTIONS)
+@njit(**CACHED)
 def run_few_rows(frame, spec, block, products):
     """The float kernels for few rows of x over all rows of the weights, `out` being (P, N, M)."""
     count, rows, columns = load64(block + _COUNT), load64(block + _ROWS), load64(block + _COLUMNS)

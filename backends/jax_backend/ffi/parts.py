@@ -8,11 +8,11 @@ from typing import Final
 
 from numba import types
 
-from quantcore_backends.cpu_kernels.disk_cache import INLINED, cfunc, njit
+from quantcore_backends.cpu_kernels.disk_cache import CACHED, INLINED, cfunc, njit
 from quantcore_backends.cpu_kernels.job import job_at
 from quantcore_backends.cpu_kernels.pool import call_kernel
 from quantcore_backends.jax_backend.ffi import pool
-from quantcore_backends.jax_backend.ffi.frame import OPTIONS, TABLE, atomic_add, call2, load64, store64, table
+from quantcore_backends.jax_backend.ffi.frame import TABLE, atomic_add, call2, load64, store64, table
 
 __all__ = ["TOLD", "install", "run", "set_jobs", "set_multiplying", "set_rounding"]
 
@@ -60,7 +60,7 @@ def _parts(turn):
     return (load64(turn + _ALL) + load64(turn + _SIZE) - 1) // load64(turn + _SIZE)
 
 
-@njit(**OPTIONS)
+@njit(**CACHED)
 def _take_turn(told, turn, thread):
     """Do parts until all are done, but none of a job that integers don't serve."""
     whole, size, parts = load64(turn + _ALL), load64(turn + _SIZE), _parts(turn)
@@ -83,7 +83,7 @@ def _task(thread, told):
     return 0
 
 
-@njit(**OPTIONS)
+@njit(**CACHED)
 def run(frame, told, threads):
     """Do all of it, in at most so many threads; False without memory."""
     task = load64(table() + 32)

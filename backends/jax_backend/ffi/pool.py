@@ -7,10 +7,9 @@ other thread ever comes; whoever is last to let go of the shared state frees it.
 
 from numba import types
 
-from quantcore_backends.cpu_kernels.disk_cache import INLINED, cfunc, njit
+from quantcore_backends.cpu_kernels.disk_cache import CACHED, INLINED, cfunc, njit
 from quantcore_backends.jax_backend.ffi.abi import OFFSETS
 from quantcore_backends.jax_backend.ffi.frame import (
-    OPTIONS,
     TABLE,
     atomic_add,
     call,
@@ -36,7 +35,7 @@ _STATE = 216
 _SPINS = 2000
 
 
-@njit(**OPTIONS)
+@njit(**CACHED)
 def _drain(state):
     chunks, body, operands = load64(state + _CHUNKS), load64(state + _BODY), load64(state + _OPERANDS)
     chunk = atomic_add(state + _NEXT, 1)
@@ -46,7 +45,7 @@ def _drain(state):
         chunk = atomic_add(state + _NEXT, 1)
 
 
-@njit(**OPTIONS)
+@njit(**CACHED)
 def wait(address, count):
     """Wait until a number that threads count up is so large."""
     spins = 0
@@ -68,7 +67,7 @@ def _task(state):
     _let_go(state)
 
 
-@njit(**OPTIONS)
+@njit(**CACHED)
 def _destroy(api, error):
     args = malloc(24)
     if args != 0:
@@ -79,7 +78,7 @@ def _destroy(api, error):
         free(args)
 
 
-@njit(**OPTIONS)
+@njit(**CACHED)
 def _threads(frame):
     """Threads of the pool; 1 where it can't say."""
     args = malloc(40)
@@ -99,7 +98,7 @@ def _threads(frame):
     return count
 
 
-@njit(**OPTIONS)
+@njit(**CACHED)
 def for_chunks(frame, body, operands, chunks):
     """Call ``body(chunk, operands)`` for every chunk; False where there is no memory for it."""
     others = min(_threads(frame), load64(table() + 16), chunks) - 1

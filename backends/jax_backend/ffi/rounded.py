@@ -9,10 +9,10 @@ from typing import Final
 from numba import carray
 
 from quantcore_backends.cpu_kernels import integer
-from quantcore_backends.cpu_kernels.disk_cache import INLINED, njit
+from quantcore_backends.cpu_kernels.disk_cache import CACHED, INLINED, njit
 from quantcore_backends.jax_backend.ffi import jobs
 from quantcore_backends.jax_backend.ffi.bodies import floats
-from quantcore_backends.jax_backend.ffi.frame import OPTIONS, error, free, load64, malloc, store64
+from quantcore_backends.jax_backend.ffi.frame import error, free, load64, malloc, store64
 from quantcore_backends.jax_backend.ffi.operands import (
     EXHAUSTED,
     INVALID,
@@ -84,7 +84,7 @@ def _go(frame, spec, block, product, products, row, count, served):
     return 0
 
 
-@njit(**OPTIONS)
+@njit(**CACHED)
 def run(frame, spec, block, products):
     """Compute `out` (P, M, N), of the block's operands; 0, or an error."""
     if load64(spec + _WIDTH) != 24 and not jobs.has_kernel(spec, block, 16):
