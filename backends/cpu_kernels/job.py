@@ -7,6 +7,7 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from quantcore_backends.cpu_kernels.disk_cache import COMPILED, njit
+from quantcore_backends.cpu_kernels.vectors import BYTE, pointer_to
 
 __all__ = [
     "CALL",
@@ -80,7 +81,7 @@ KERNEL: Final = types.void(types.intp, types.intp, types.intp, types.intp)
 @intrinsic
 def _pointer(typing: Any, address: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
+        return pointer_to(builder, args[0], BYTE)
 
     return types.voidptr(types.intp), generate
 

@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from quantcore_backends.cpu_kernels.vectors import BYTE, byte_pointer, called
+from quantcore_backends.cpu_kernels.vectors import BYTE, called, pointer_to
 
 __all__ = ["clear_bytes", "copy_bytes"]
 
@@ -22,7 +22,7 @@ def copy_bytes(typing: Any, to: Any, source: Any, size: Any) -> Any:
     """Copy `size` bytes from one address to another; the two pieces don't overlap."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        to, source = (byte_pointer(builder, address) for address in args[:2])
+        to, source = (pointer_to(builder, address, BYTE) for address in args[:2])
         called(builder, "llvm.memcpy.p0.p0.i64", ir.VoidType(), [to, source, args[2], _NOT_VOLATILE])
         return context.get_dummy_value()
 
@@ -34,7 +34,7 @@ def clear_bytes(typing: Any, to: Any, size: Any) -> Any:
     """Make `size` bytes from an address on 0."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        to, zero = byte_pointer(builder, args[0]), ir.Constant(BYTE, 0)
+        to, zero = pointer_to(builder, args[0], BYTE), ir.Constant(BYTE, 0)
         called(builder, "llvm.memset.p0.i64", ir.VoidType(), [to, zero, args[1], _NOT_VOLATILE])
         return context.get_dummy_value()
 

@@ -23,6 +23,7 @@ from quantcore_backends.cpu_kernels.vectors import (
     floats,
     fused,
     half_as_float,
+    pointer_to,
     prefetched,
     read,
     repeat,
@@ -94,7 +95,7 @@ def store_four(typing: Any, address: Any, value: Any, count: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         four = shuffled(builder, args[1], [0, 1, 2, 3])
         there = builder.icmp_signed("<", constant([0, 1, 2, 3]), repeat(builder, builder.trunc(args[2], DWORD), 4))
-        pointer = builder.inttoptr(args[0], four.type.as_pointer())
+        pointer = pointer_to(builder, args[0], four.type)
         kind = ir.FunctionType(ir.VoidType(), [four.type, pointer.type, DWORD, there.type])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.masked.store.v4f32.p0")
         builder.call(function, [four, pointer, ir.Constant(DWORD, 4), there])

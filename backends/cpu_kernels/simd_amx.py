@@ -22,11 +22,11 @@ from quantcore_backends.cpu_kernels.vectors import (
     FLOATS,
     LANES,
     QWORD,
-    byte_pointer,
     called,
     constant,
     fused,
     offset,
+    pointer_to,
     read,
     repeat,
     target_has,
@@ -58,7 +58,7 @@ def _tile(number: int) -> Any:
 @intrinsic
 def _load_configuration(typing: Any, address: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _call(builder, "ldtilecfg", byte_pointer(builder, args[0]))
+        _call(builder, "ldtilecfg", pointer_to(builder, args[0], BYTE))
         return context.get_dummy_value()
 
     return types.void(types.intp), generate
@@ -166,14 +166,14 @@ class _Block:
         builder, x_row = self.builder, self.run * self.layers
         x, codes = self._at(self.x, number, self.height * x_row), self._at(self.codes, number, self.run * LANES)
         stride, spilled = ir.Constant(QWORD, _ROW), self._spilled(number)
-        _call(builder, "tileloadd64", _tile(_CODES), byte_pointer(builder, codes), stride)
+        _call(builder, "tileloadd64", _tile(_CODES), pointer_to(builder, codes, BYTE), stride)
         for layer in range(self.layers):
-            its = byte_pointer(builder, offset(builder, x, layer * self.run))
+            its = pointer_to(builder, offset(builder, x, layer * self.run), BYTE)
             _call(builder, "tilezero", _tile(_SUMS[layer]))
             _call(builder, "tileloadd64", _tile(_X[layer]), its, ir.Constant(QWORD, x_row))
             _call(builder, "tdpbsud", _tile(_SUMS[layer]), _tile(_X[layer]), _tile(_CODES))
         for layer in range(self.layers):
-            to = byte_pointer(builder, offset(builder, spilled, layer * _TILE))
+            to = pointer_to(builder, offset(builder, spilled, layer * _TILE), BYTE)
             _call(builder, "tilestored64", _tile(_SUMS[layer]), to, stride)
 
     def scale(self, number: Any) -> None:

@@ -34,6 +34,7 @@ from quantcore_backends.cpu_kernels.vectors import (
     half_as_float,
     ints,
     offset,
+    pointer_to,
     read,
     repeat,
     shuffled,
@@ -312,7 +313,7 @@ def first_floats(builder: Any, address: Any, left: Any, kind: int, count: int) -
     wanted = repeat(builder, builder.trunc(left, DWORD), count)
     there = builder.icmp_signed("<", constant(list(range(count))), wanted)
     name = f"llvm.masked.load.v{count}{('f32', 'i16', 'i16')[kind]}.p0"
-    pointer = builder.inttoptr(address, several.as_pointer())
+    pointer = pointer_to(builder, address, several)
     arguments = [pointer, ir.Constant(DWORD, 1), there, ir.Constant(several, None)]
     return _widened(builder, called(builder, name, several, arguments), kind)
 

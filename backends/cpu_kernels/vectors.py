@@ -24,7 +24,6 @@ __all__ = [
     "SHORT",
     "SHORTS",
     "VECTOR_BYTES",
-    "byte_pointer",
     "called",
     "constant",
     "floats",
@@ -32,6 +31,7 @@ __all__ = [
     "half_as_float",
     "ints",
     "offset",
+    "pointer_to",
     "prefetched",
     "read",
     "repeat",
@@ -111,14 +111,25 @@ def offset(builder: Any, address: Any, bytes_: int) -> Any:
     return builder.add(address, ir.Constant(QWORD, bytes_)) if bytes_ else address
 
 
+def pointer_to(builder: Any, address: Any, kind: Any) -> Any:
+    """An address as a pointer to a type; all of a kernel's pointers are made here.
+
+    Numba optimizes a function's code anew, with that of its callers, after LLVM has prepared it for the machine. That
+    turns such a pointer into an offset from null, which says nothing to the machine, but to the optimizer that the
+    access can't be: it then takes it, and what comes after, out of the caller. Unless null is a valid pointer there.
+    """
+    set.add(builder.function.attributes, "null_pointer_is_valid")  # of the attributes that llvmlite doesn't list
+    return builder.inttoptr(address, kind.as_pointer())
+
+
 def read(builder: Any, address: Any, kind: Any) -> Any:
     """A value from memory, wherever it lies."""
-    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=1)
+    return builder.load(pointer_to(builder, address, kind), align=1)
 
 
 def write(builder: Any, address: Any, value: Any) -> None:
     """A value to memory, wherever it lies."""
-    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
+    builder.store(value, pointer_to(builder, address, value.type), align=1)
 
 
 def called(builder: Any, name: str, result: Any, arguments: Sequence[Any]) -> Any:
@@ -127,15 +138,10 @@ def called(builder: Any, name: str, result: Any, arguments: Sequence[Any]) -> An
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), list(arguments))
 
 
-def byte_pointer(builder: Any, address: Any) -> Any:
-    """An address as LLVM's functions take it."""
-    return builder.inttoptr(address, BYTE.as_pointer())
-
-
 def prefetched(builder: Any, address: Any, nearness: int) -> None:
     """Begin to bring a cache line near: 3 is the nearest cache, 2 the next. The address may be anything."""
     how = (ir.Constant(DWORD, value) for value in (0, nearness, 1))
-    called(builder, "llvm.prefetch.p0", ir.VoidType(), [byte_pointer(builder, address), *how])
+    called(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer_to(builder, address, BYTE), *how])
 
 
 def shuffled(builder: Any, vector: Any, places: list[int]) -> Any:

@@ -15,6 +15,7 @@ from quantcore_backends.cpu_kernels import kernels, transposed
 from quantcore_backends.cpu_kernels.disk_cache import CACHED, cfunc, njit
 from quantcore_backends.cpu_kernels.kernels import code_at
 from quantcore_backends.cpu_kernels.simd import float_at, scale_at
+from quantcore_backends.cpu_kernels.vectors import pointer_to
 from quantcore_backends.jax_backend.ffi.frame import free, load32, load64, malloc
 
 __all__ = [
@@ -79,7 +80,7 @@ def pointer(kind: Any) -> Any:
     @intrinsic
     def cast(typing: Any, address: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return builder.inttoptr(args[0], context.get_value_type(pointer))
+            return pointer_to(builder, args[0], context.get_value_type(kind))
 
         return pointer(types.int64), generate
 

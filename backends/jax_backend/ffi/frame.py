@@ -14,6 +14,7 @@ from numba.extending import intrinsic
 
 from quantcore.scheme import BITS, GROUP_SIZES
 from quantcore_backends.cpu_kernels.disk_cache import CACHED, INLINED, njit
+from quantcore_backends.cpu_kernels.vectors import pointer_to
 from quantcore_backends.jax_backend.ffi.abi import CONSTANTS, OFFSETS
 
 __all__ = [
@@ -88,7 +89,7 @@ def load64(typing: Any, address: Any) -> Any:
     """The 64-bit integer at an address."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load(builder.inttoptr(args[0], _I64.as_pointer()), align=8)
+        return builder.load(pointer_to(builder, args[0], _I64), align=8)
 
     return _int(_int), generate
 
@@ -98,7 +99,7 @@ def load32(typing: Any, address: Any) -> Any:
     """The 32-bit integer at an address."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.sext(builder.load(builder.inttoptr(args[0], _I32.as_pointer()), align=4), _I64)
+        return builder.sext(builder.load(pointer_to(builder, args[0], _I32), align=4), _I64)
 
     return _int(_int), generate
 
@@ -108,7 +109,7 @@ def store64(typing: Any, address: Any, value: Any) -> Any:
     """Write a 64-bit integer."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store(args[1], builder.inttoptr(args[0], _I64.as_pointer()), align=8)
+        builder.store(args[1], pointer_to(builder, args[0], _I64), align=8)
         return context.get_dummy_value()
 
     return types.void(_int, _int), generate
@@ -119,7 +120,7 @@ def store32(typing: Any, address: Any, value: Any) -> Any:
     """Write a 32-bit integer."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store(builder.trunc(args[1], _I32), builder.inttoptr(args[0], _I32.as_pointer()), align=4)
+        builder.store(builder.trunc(args[1], _I32), pointer_to(builder, args[0], _I32), align=4)
         return context.get_dummy_value()
 
     return types.void(_int, _int), generate
@@ -130,7 +131,7 @@ def atomic_add(typing: Any, address: Any, value: Any) -> Any:
     """Add to a 64-bit integer that threads share; what it was before."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.atomic_rmw("add", builder.inttoptr(args[0], _I64.as_pointer()), args[1], "seq_cst")
+        return builder.atomic_rmw("add", pointer_to(builder, args[0], _I64), args[1], "seq_cst")
 
     return _int(_int, _int), generate
 
