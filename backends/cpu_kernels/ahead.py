@@ -7,7 +7,7 @@ memory that isn't there does nothing.
 """
 
 import itertools
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from quantcore_backends.cpu_kernels.atomics import load_word, store_word
 from quantcore_backends.cpu_kernels.disk_cache import CACHED, COMPILED, njit
 from quantcore_backends.cpu_kernels.simd import prefetch
 
-__all__ = ["bring_near", "go_on", "learn", "prefetch_lines", "rows_ahead", "slot_of"]
+__all__ = ["NOTHING", "Ahead", "bring_near", "go_on", "learn", "prefetch_lines", "rows_ahead", "slot_of", "tile_ahead"]
 
 _LINE: Final = 64
 _STREAM: Final = 32768
@@ -51,6 +51,31 @@ def rows_ahead(job):
     """How many rows lie, in whole blocks of four, between those that are multiplied and those that are prefetched."""
     four = 4 * job.packed_row
     return 4 * max(1, (_STREAM + four - 1) // four)
+
+
+class Ahead(NamedTuple):
+    """Addresses of what is brought near while runs are multiplied; and bytes of it that go with each, none for 0."""
+
+    codes: int
+    scales: int
+    biases: int
+    codes_step: int
+    scales_step: int
+
+
+NOTHING: Final = Ahead(0, 0, 0, 0, 0)
+
+
+@njit(forceinline=True, **COMPILED)
+def tile_ahead(job, n, rows, run, runs):
+    """So many rows of the weight from `n` on, which follow one another: what is left of them from a run of all on.
+
+    They are brought near as fast as the rows before them are multiplied. All at once they would wait for each other,
+    and what is needed now behind them.
+    """
+    codes, scales = rows * job.packed_row // max(1, runs), rows * job.scale_row // max(1, runs)
+    at, beside = n * job.packed_row + run * codes, n * job.scale_row + run * scales
+    return Ahead(job.packed + at, job.scales + beside, job.biases + beside, codes, scales)
 
 
 def slot_of(packed: int, packed_bytes: int, scales: int, biases: int, scale_bytes: int) -> int:

@@ -14,6 +14,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from quantcore_backends.cpu_kernels.ahead import Ahead
 from quantcore_backends.cpu_kernels.simd_int import add_products, byte_pairs, codes_of_words, form, lane_codes
 from quantcore_backends.cpu_kernels.vectors import (
     BYTES,
@@ -55,7 +56,6 @@ def block_product(
     runs: Any,
     group_runs: Any,
     ahead: Any,
-    ahead_step: Any,
     height: Any,
     vectors: Any,
     run: Any,
@@ -78,8 +78,8 @@ def block_product(
         float32, a row for each of x's.
     runs, group_runs : int
         All runs, and those that share a scale of the weight.
-    ahead, ahead_step : int
-        What is prefetched during the first run, a line for each vector of packed words, and bytes to the next run's.
+    ahead : Ahead
+        What is brought near meanwhile, a part with each run.
     height, vectors, run : int
         Rows of the block, vectors of outputs, elements of a run.
     width, bits : int
@@ -88,15 +88,10 @@ def block_product(
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         block = _Packed(builder, *(n.literal_value for n in (height, vectors, run, width, bits)))
-        x, x_scales, words, scales, out, runs, group_runs, ahead, ahead_step = args[:9]
-
-        def prefetch(run: Any) -> None:
-            block.prefetch(builder.add(ahead, builder.mul(run, ahead_step)))
-
-        block.add_runs(x, x_scales, words, scales, out, runs, group_runs, group_runs, prefetch)
+        block.add_runs(*args[:7], *args[6:8])
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 9, height, vectors, run, width, bits), generate
+    return types.void(*[types.intp] * 7, ahead, height, vectors, run, width, bits), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -110,6 +105,7 @@ def unpacked_product(
     runs: Any,
     left: Any,
     group_runs: Any,
+    ahead: Any,
     height: Any,
     vectors: Any,
     run: Any,
@@ -128,10 +124,10 @@ def unpacked_product(
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         block = _Unpacked(builder, *(n.literal_value for n in (height, vectors, run, width, bits)))
-        block.add_runs(*args[:8])
+        block.add_runs(*args[:9])
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 8, height, vectors, run, width, bits), generate
+    return types.void(*[types.intp] * 8, ahead, height, vectors, run, width, bits), generate
 
 
 def count_down(builder: Any, left: Any, runs: Any, scale: Any, size: int) -> None:
@@ -200,9 +196,9 @@ class _Block:
         runs: Any,
         left: Any,
         group_runs: Any,
-        begin: Callable[[Any], None] = lambda run: None,
+        ahead: Any,
     ) -> None:
-        """Add the products of all runs; `begin` is given each one's number."""
+        """Add the products of all runs, and bring near what is asked for."""
         builder = self.builder
         scale, left = cgutils.alloca_once_value(builder, scales), cgutils.alloca_once_value(builder, left)
         with cgutils.for_range(builder, runs) as loop:
@@ -210,10 +206,20 @@ class _Block:
             def of_run(start: Any, size: int, number: Any = loop.index) -> Any:
                 return builder.add(start, builder.mul(number, ir.Constant(QWORD, size)))
 
-            begin(loop.index)
+            self.bring_near(Ahead(*cgutils.unpack_tuple(builder, ahead)), loop.index)
             self.sum_run(of_run(x, self.x_bytes * self.height), of_run(codes, self.run_bytes))
             self.scale_run(of_run(x_scales, 8 * self.height), builder.load(scale), out)
             count_down(builder, left, group_runs, scale, 2 * VECTOR_BYTES * self.vectors)
+
+    def bring_near(self, ahead: Ahead, run: Any) -> None:
+        """Begin to bring near what goes with a run."""
+        builder = self.builder
+        with builder.if_then(builder.icmp_signed("!=", ahead.codes, ir.Constant(QWORD, 0))):
+            steps = ahead.codes_step, ahead.scales_step, ahead.scales_step
+            for start, step in zip((ahead.codes, ahead.scales, ahead.biases), steps, strict=True):
+                first = builder.add(start, builder.mul(run, step))
+                with cgutils.for_range_slice(builder, first, builder.add(first, step), ir.Constant(QWORD, 64)) as line:
+                    prefetched(builder, line[0], 2)
 
     def sum_run(self, x: Any, codes: Any) -> None:
         """Products of one run, summed."""
@@ -242,11 +248,6 @@ class _Packed(_Block):
         self.words = length // lane_codes(bits)
         self.planes = lane_codes(bits) // self.parts
         self.run_bytes = self.words * vectors * VECTOR_BYTES
-
-    def prefetch(self, address: Any) -> None:
-        """Begin to bring as much near as a run has of packed words."""
-        for line in range(self.run_bytes // 64):
-            prefetched(self.builder, offset(self.builder, address, line * 64), 2)
 
     def sum_run(self, x: Any, words: Any) -> None:
         """Products of one run, summed."""

@@ -11,7 +11,7 @@ The shape of the blocks follows Goto & van de Geijn, "Anatomy of high-performanc
 from functools import cache
 from typing import Any, Final
 
-from quantcore_backends.cpu_kernels.ahead import prefetch_lines
+from quantcore_backends.cpu_kernels.ahead import NOTHING, tile_ahead
 from quantcore_backends.cpu_kernels.blocks import block_product
 from quantcore_backends.cpu_kernels.disk_cache import COMPILED, cfunc, njit
 from quantcore_backends.cpu_kernels.job import KERNEL, addresses_at, job_at, row_of
@@ -71,7 +71,7 @@ def tiles(bits: int, run: int, width: int, height: int) -> Any:
     def kernel(address, thread, first, last):
         job = job_at(address)
         runs = (job.in_features + run - 1) // run
-        group_runs, next_run = job.group_runs, OUTPUTS * job.packed_row // max(1, runs)
+        group_runs = job.group_runs
         laid = job.scratch + thread * job.scratch_size
         scales = laid + (job.tile_words + LANES) * (VECTORS * VECTOR_BYTES)
         sums = scales + (job.groups + LANES - 1) // LANES * LANES * (2 * VECTORS * VECTOR_BYTES)
@@ -80,14 +80,11 @@ def tiles(bits: int, run: int, width: int, height: int) -> Any:
         for n in range(first * OUTPUTS, min(last * OUTPUTS, job.out_features), OUTPUTS):
             tile = lay(job, n, runs * run * held // 32, laid, addresses, spare)
             lay_scales(job, n, VECTORS, 0, job.groups, scales, addresses)
-            prefetch_lines(job.scales + (n + OUTPUTS) * job.scale_row, OUTPUTS * job.scale_row)
-            prefetch_lines(job.biases + (n + OUTPUTS) * job.scale_row, OUTPUTS * job.scale_row)
             clear_bytes(sums, (job.rows + 3) // 4 * 4 * (VECTORS * VECTOR_BYTES))
             for m in range(0, job.rows, height):
                 x = job.codes + m * runs * (run * width // 8)
                 x_scales, to = job.code_scales + m * runs * 8, sums + m * (VECTORS * VECTOR_BYTES)
-                # While the first block is computed, the next tile comes near.
-                ahead, further = (job.packed + (n + OUTPUTS) * job.packed_row, next_run) if m == 0 else (tile, 0)
+                ahead = tile_ahead(job, n + OUTPUTS, OUTPUTS, 0, runs) if m == 0 else NOTHING
                 if job.rows - m > 4:
                     block_product(
                         x,
@@ -98,7 +95,6 @@ def tiles(bits: int, run: int, width: int, height: int) -> Any:
                         runs,
                         group_runs,
                         ahead,
-                        further,
                         height,
                         VECTORS,
                         run,
@@ -106,9 +102,7 @@ def tiles(bits: int, run: int, width: int, height: int) -> Any:
                         held,
                     )
                 else:
-                    block_product(
-                        x, x_scales, tile, scales, to, runs, group_runs, ahead, further, 4, VECTORS, run, width, held
-                    )
+                    block_product(x, x_scales, tile, scales, to, runs, group_runs, ahead, 4, VECTORS, run, width, held)
             give(job, sums, 0, n, 1, VECTORS)
 
     return kernel

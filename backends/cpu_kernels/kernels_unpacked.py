@@ -8,6 +8,7 @@ is dequantized there, and sums of runs are added in float64: x and the weight ma
 from functools import cache
 from typing import Any, Final, NamedTuple
 
+from quantcore_backends.cpu_kernels.ahead import NOTHING, tile_ahead
 from quantcore_backends.cpu_kernels.blocks import unpacked_product
 from quantcore_backends.cpu_kernels.disk_cache import COMPILED, INLINED, cfunc, njit
 from quantcore_backends.cpu_kernels.job import KERNEL, doubles_at, floats_at, job_at
@@ -22,6 +23,8 @@ __all__ = ["unpacked_tiles"]
 
 _OUTPUTS: Final = VECTORS * LANES
 """Rows of the weight in a tile."""
+_NEAR: Final = 1 << 21
+"""Bytes of x that caches hold: of more, as much as is multiplied by one tile is multiplied by several."""
 _LINE: Final = VECTORS * VECTOR_BYTES
 """Bytes of a vector of each of these."""
 
@@ -79,8 +82,11 @@ def _layer(bits: int, parts: int) -> Any:
     lay_codes: Any = code_layer(held, parts, VECTORS) if parts != 1 else None
 
     @njit(**COMPILED)
-    def lay(job, n, column, count, scratch):
-        """Unpack `count` codes of a tile's rows from `n` on, those from a column on, and lay their scales."""
+    def lay(job, n, ahead, column, count, scratch):
+        """Unpack `count` codes of a tile's rows from `n` on, those from a column on, and lay their scales.
+
+        Codes of the row that is `ahead` rows further are prefetched, unless that is 0.
+        """
         there = min(count, job.in_features - column)
         whole = (there + codes - 1) // codes * codes  # of whole words
         group = column // job.group
@@ -88,7 +94,7 @@ def _layer(bits: int, parts: int) -> Any:
         lay_scales(job, n, VECTORS, group, groups, scratch.scales, scratch.addresses)
         for v in range(VECTORS):
             spare_row = UNPACKED_COLUMNS + SPARE
-            find_rows(job, n + v * LANES, _OUTPUTS, column, count, scratch.addresses, scratch.spare, spare_row)
+            find_rows(job, n + v * LANES, ahead, column, count, scratch.addresses, scratch.spare, spare_row)
             if parts == 1:
                 lay_floats(job, column, whole, v, scratch)
             else:
@@ -104,7 +110,7 @@ def _multiplier(held: int, run: int, width: int, height: int) -> Any:
     run_bytes, row_bytes = run * width // 8, 2 * _LINE if width == FLOAT_WIDTH else _LINE
 
     @njit(forceinline=True, **COMPILED)
-    def multiply(job, m, start, end, tile, scratch):
+    def multiply(job, m, start, end, tile, ahead, scratch):
         """Add the products of a block of x from row `m` on with what is laid of a tile."""
         before = m * ((job.in_features + run - 1) // run) + start * height
         unpacked_product(
@@ -116,6 +122,7 @@ def _multiplier(held: int, run: int, width: int, height: int) -> Any:
             end - start,
             job.group_runs - start % job.group_runs,
             job.group_runs,
+            ahead,
             height,
             VECTORS,
             run,
@@ -150,18 +157,23 @@ def unpacked_tiles(bits: int, run: int, width: int, height: int) -> Any:
         job = job_at(address)
         runs = (job.in_features + run - 1) // run
         scratch = _scratch(job, thread, run, width)
-        for part in range(first, last, UNPACKED_TILES):
-            tiles = min(UNPACKED_TILES, last - part)
+        near = job.rows * runs * (run * width // 8) <= _NEAR
+        together = 1 if near else UNPACKED_TILES
+        for part in range(first, last, together):
+            tiles = min(together, last - part)
             clear_bytes(scratch.sums, tiles * scratch.sums_size)
             for start in range(0, runs, laid):
                 end = min(start + laid, runs)
                 for tile in range(tiles):
-                    lay(job, (part + tile) * _OUTPUTS, start * run, (end - start) * run, scratch)
+                    n = (part + tile) * _OUTPUTS
+                    lay(job, n, 0 if near else _OUTPUTS, start * run, (end - start) * run, scratch)
                     for m in range(0, job.rows, height):
+                        first_one = near and m == 0
+                        ahead = tile_ahead(job, n + _OUTPUTS, _OUTPUTS, start, runs) if first_one else NOTHING
                         if height == 4 or job.rows - m > 4:
-                            multiply(job, m, start, end, tile, scratch)
+                            multiply(job, m, start, end, tile, ahead, scratch)
                         else:
-                            multiply_four(job, m, start, end, tile, scratch)
+                            multiply_four(job, m, start, end, tile, ahead, scratch)
             if width == FLOAT_WIDTH:
                 for tile in range(tiles):
                     _narrow(scratch.sums + tile * scratch.sums_size, job.rows * _OUTPUTS)

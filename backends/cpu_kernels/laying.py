@@ -35,12 +35,12 @@ def row_finder(bits: int) -> Any:
         """Addresses of `count` codes of rows from `n` on, those from `code` on.
 
         Codes that cross words are widened to bytes before, in `spare`, `spare_row` bytes for each row. Those of the row
-        that is `ahead` rows further are prefetched.
+        that is `ahead` rows further are prefetched, unless that is 0.
         """
         rows = addresses_at(addresses, LANES)
         for lane in range(LANES):
             row = row_of(job, min(n + lane, job.out_features - 1)) + code * bits // 8
-            prefetch_lines(row + ahead * job.packed_row, count * bits // 8)
+            prefetch_lines(row + ahead * job.packed_row, count * bits // 8 if ahead else 0)
             if crossing:
                 widened = spare + lane * spare_row
                 for at in range(0, count, chunk):

@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -139,3 +140,15 @@ def test_a_weight_keeps_its_slot_until_all_were_given() -> None:
     assert slot(1) == first
     assert ahead.slot_of(*what) != first
     assert len(ahead._given) == len(ahead._table)
+
+
+def test_what_is_brought_with_each_run_is_the_whole_tile() -> None:
+    job = SimpleNamespace(packed=1 << 20, scales=1 << 30, biases=1 << 31, packed_row=512, scale_row=64)
+    whole = ahead.tile_ahead.py_func(job, 32, 16, 0, 16)
+    assert whole == (job.packed + 32 * 512, job.scales + 32 * 64, job.biases + 32 * 64, 512, 64)
+    assert 16 * whole.codes_step == 16 * job.packed_row
+    assert 16 * whole.scales_step == 16 * job.scale_row
+    later = ahead.tile_ahead.py_func(job, 32, 16, 5, 16)
+    assert later.codes == whole.codes + 5 * whole.codes_step
+    assert later.biases - whole.biases == later.scales - whole.scales == 5 * whole.scales_step
+    assert ahead.tile_ahead.py_func(job, 0, 16, 0, 0)[3:] == (16 * 512, 16 * 64)

@@ -69,6 +69,17 @@ def test_error_is_within_the_bound(scheme: Scheme) -> None:
                 assert error(result, x, qw) <= BOUND[width]
 
 
+@pytest.mark.parametrize("width", [integer.FLOATS, 16])
+def test_more_of_x_than_the_caches_hold_gives_the_same(width: int) -> None:
+    qw = weight(150, 2200, Scheme("affine", 4, 64))
+    x = np.random.default_rng(0).standard_normal((integer.MOST, 2200)).astype(np.float32)
+    assert 2 * x.size > 1 << 21  # bytes, at two an element
+    whole = product(x, operand(qw), width)
+    parts = [product(part, operand(qw), width) for part in np.split(x, 4)]
+    assert whole is not None
+    np.testing.assert_array_equal(whole, np.concatenate(parts))
+
+
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("bits", [3, 4])
 def test_scales_of_half_precision(bits: int, dtype: Any) -> None:
