@@ -210,9 +210,16 @@ class Limits:
         self._read: dict[int, float] = {}
         self.dot = simd_int.byte_dot(BITS)
         kinds = [kind for kind in PER_LANE if kind != BYTE_DOT or self.dot]
-        self.peaks = {kind: self._peak(*_multiplications(kind, self.dot)) for kind in kinds}
+        self._kernels = {kind: _multiplications(kind, self.dot) for kind in kinds}
+        self.peaks = dict.fromkeys(kinds, 0.0)
         units = simd_amx.on_target() and amx.permitted()
         self.matrix_peak = self._peak(*_matrix_multiplications()) if units else 0.0
+        self.measure_peaks()
+
+    def measure_peaks(self) -> None:
+        """Measure peaks again, of which the highest counts: one moment of a shared machine may be a slow one."""
+        for kind, kernel in self._kernels.items():
+            self.peaks[kind] = max(self.peaks[kind], self._peak(*kernel))
 
     def _parallel(self, kernel: Any, data: int, count: int, *more: int) -> Callable[[], None]:
         job = np.array([data, self._sink.ctypes.data + -self._sink.ctypes.data % LINE, *more], np.int64)

@@ -53,6 +53,19 @@ STYLES = {
 }
 
 
+def roofline(row: dict[str, Any], multiplications: int, limits: Any) -> dict[str, Any]:
+    """What a row says of the machine's limits, as far as they are known by now."""
+    least = limits and limits.roofline(row["weight_bytes"], multiplications, row["arithmetic"])
+    if not least:
+        return {}
+    fraction = least[0] * MILLI / row["ms"]["median"]
+    return {
+        "roofline_ms": float(f"{least[0] * MILLI:.4g}"),
+        "bound_by": least[1],
+        "roofline_fraction": float(f"{fraction:.3g}"),
+    }
+
+
 def measured(weight: Any, x: Any, found: list[Any], too_long: dict[str, str], limits: Any, options: Any) -> list[Any]:
     """Time, error and roofline of each candidate. Those whose one call is over the limit are entered in `too_long`."""
     from cpu_candidates import error
@@ -79,17 +92,8 @@ def measured(weight: Any, x: Any, found: list[Any], too_long: dict[str, str], li
             row["skipped"] = too_long[candidate.name]
             continue
         row |= {"ms": spread(taken[candidate.name], MILLI), "nmse": float(f"{errors[candidate.name]:.3g}")}
-        least = limits and limits.roofline(
-            candidate.weight_bytes, len(x) * math.prod(weight.shape), candidate.arithmetic
-        )
-        if least:
-            fraction = least[0] * MILLI / row["ms"]["median"]
-            row |= {
-                "roofline_ms": float(f"{least[0] * MILLI:.4g}"),
-                "bound_by": least[1],
-                "roofline_fraction": float(f"{fraction:.3g}"),
-            }
         row |= {"arithmetic": candidate.arithmetic, "weight_bytes": candidate.weight_bytes}
+        row |= roofline(row, len(x) * math.prod(weight.shape), limits)
     for ours, its in COMPARED:
         if ours in taken and its in taken:
             row = next(row for row in rows if row["candidate"] == ours)
@@ -136,7 +140,11 @@ def products(cases: list[tuple[tuple[int, int], int, int]], limits: Any, results
             results["products"] += [case | line for line in lines]
         del found, weight
         if limits:
+            limits.measure_peaks()
             results["limits"] = limits.facts()
+            for row in results["products"]:
+                if "ms" in row:
+                    row |= roofline(row, row["rows"] * math.prod(row["shape"]), limits)
         save(options.save, results)
 
 
