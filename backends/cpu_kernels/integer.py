@@ -15,6 +15,7 @@ from quantcore_backends.cpu_kernels.threads import native_pool
 __all__ = [
     "FEW_ROWS",
     "FLOATS",
+    "IN_UNITS",
     "MOST",
     "THREADED",
     "WIDTHS",
@@ -47,6 +48,8 @@ THREADED: Final = 1 << 18
 """Multiplications worth a second thread."""
 MOST: Final = 512
 """Rows of x in one go, which bounds the scratch memory."""
+IN_UNITS: Final = {8: layout.MATRIX_HEIGHT, 16: 0}
+"""Rows of x from which matrix units are faster than vectors, by the width of its integers."""
 _PLANS: Final = 512
 """Plans that are kept, one for each shape of a weight and number of rows."""
 _CALLS: Final = 16
@@ -162,15 +165,18 @@ class TileKernels(NamedTuple):
     height: int
 
 
-def tile_kernels(scheme: Scheme, width: int) -> TileKernels:
-    """What rounds many rows of x to integers of `width` bits, or lays them as floats, and what multiplies them."""
+def tile_kernels(scheme: Scheme, width: int, rows: int = MOST) -> TileKernels:
+    """What rounds many rows of x to integers of `width` bits, or lays them as floats, and what multiplies them.
+
+    `rows` is about how many: few are faster in vectors.
+    """
     modules = _compiled()
     run = modules.activations.run_length(scheme.group_size, width)
     height = 8 if modules.lanes == 16 else 4
     if width == FLOATS:
         kernel = modules.unpacked.unpacked_tiles(scheme.bits, run, width, height)
         return TileKernels(modules.activations.block_copier(run, height), kernel, height)
-    if modules.matrix_units:
+    if modules.matrix_units and rows >= IN_UNITS[width]:
         height, kernel = layout.MATRIX_HEIGHT, modules.matrix.matrix_tiles(scheme.bits, run, width)
     elif modules.lanes == 16:
         kernel = modules.tiles.tiles(scheme.bits, run, width, height)
@@ -267,7 +273,7 @@ class _Plan:
         run = modules.activations.run_length(scheme.group_size, width)
         self.height, together = 0, layout.together(rows, FEW_ROWS)
         if width != 24 and not together:
-            rounder, kernel, self.height = tile_kernels(scheme, width)
+            rounder, kernel, self.height = tile_kernels(scheme, width, rows)
             sizes = layout.of_tiles(rows, columns, groups, bits, run, lanes, width, self.height)
         else:
             rounder, kernel, step = row_kernels(scheme, kind, width, together)

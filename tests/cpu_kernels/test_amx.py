@@ -94,8 +94,9 @@ def check(rows, columns, scheme, counts, dtype=np.float32):
             error = oracle.nmse(result - truth, truth, x, exact)
             assert error <= oracle.BOUNDS[precision], (scheme, rows, columns, count, precision, error)
 
+integer.IN_UNITS[8] = 0
 assert integer.tile_kernels(qc.Scheme("affine", 4, 64), 8).height == 16
-for bits, group in ((1, 32), (2, 16), (3, 64), (4, 16), (4, 128), (4, None), (5, 32), (6, 128), (8, 64)):
+for bits, group in schemes:
     check(21, 1100, qc.Scheme("affine", bits, group), (5, 19))
 scheme = qc.Scheme("affine", 4, 64)
 check(300, 2200, scheme, (8, 9, 16, 17, 24, 25, 70, 150))
@@ -113,7 +114,10 @@ for weight, x in ((changed, np.ones((20, 1100), np.float32)), (qw, np.full((20, 
 print("right")
 """
 
-_WITHOUT_LEAVE = """
+_FEW_AND_WITHOUT_LEAVE = """
+integer.IN_UNITS[8] = 16
+assert [integer.tile_kernels(scheme, 8, rows).height for rows in (15, 16)] == [8, 16]
+assert integer.tile_kernels(scheme, 16, 5).height == 16
 integer._compiled().matrix_units = False
 assert integer.tile_kernels(scheme, 16).height == 8
 """
@@ -139,7 +143,11 @@ def test_kernels_are_compiled_to_the_units_instructions(tmp_path: Any) -> None:
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="names x86's features")
 def test_products_are_right_with_the_units_emulated(tmp_path: Any) -> None:
     native = LANES == 16 and target_has("avx512vnni")
-    code = _EMULATED + _PRODUCTS + _WITHOUT_LEAVE if native else _SPLIT + _EMULATED + _PRODUCTS
+    schemes = [(1, 32), (3, 64), (4, None), (8, 64)]
+    if native:
+        schemes += [(2, 16), (4, 16), (4, 128), (5, 32), (6, 128)]
+    products = f"schemes = {schemes}\n{_PRODUCTS}"
+    code = _EMULATED + products + _FEW_AND_WITHOUT_LEAVE if native else _SPLIT + _EMULATED + products
     command = [sys.executable, "-c", code]
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
