@@ -36,8 +36,10 @@ from quantcore_backends.cpu_kernels.vectors import (
     LANES,
     QWORD,
     SHORTS,
+    called,
     fused,
     offset,
+    pointer_to,
     read,
     write,
 )
@@ -169,11 +171,11 @@ def _matrix_multiplications() -> tuple[Any, int]:
                 apart = builder.and_(loop.index, ir.Constant(QWORD, 3))
                 here = builder.add(args[0], builder.mul(apart, ir.Constant(QWORD, OPERANDS // 4)))
                 for tile in (2, 3, 4):
-                    at = builder.inttoptr(offset(builder, here, tile * 16 * LINE), BYTE.as_pointer())
-                    simd_int.called(builder, "llvm.x86.tileloadd64", nothing, [number(tile), at, line])
+                    at = pointer_to(builder, offset(builder, here, tile * 16 * LINE), BYTE)
+                    called(builder, "llvm.x86.tileloadd64", nothing, [number(tile), at, line])
                 for total in (0, 1):
                     operands = [number(total), number(3 + total), number(2)]
-                    simd_int.called(builder, "llvm.x86.tdpbsud", nothing, operands)
+                    called(builder, "llvm.x86.tdpbsud", nothing, operands)
             return context.get_dummy_value()
 
         return types.void(types.intp), generate

@@ -15,7 +15,7 @@ import quantcore as qc
 from quantcore import Scheme
 from quantcore.scheme import BITS
 from quantcore.testing import oracle
-from quantcore_backends.cpu_kernels import integer
+from quantcore_backends.cpu_kernels import integer, kernels_unpacked
 
 Array = np.ndarray[Any, Any]
 BOUND = {integer.FLOATS: 1e-12, 24: 1e-12, 16: 1e-8, 8: 1e-4}
@@ -73,7 +73,7 @@ def test_error_is_within_the_bound(scheme: Scheme) -> None:
 def test_more_of_x_than_the_caches_hold_gives_the_same(width: int) -> None:
     qw = weight(150, 2200, Scheme("affine", 4, 64))
     x = np.random.default_rng(0).standard_normal((integer.MOST, 2200)).astype(np.float32)
-    assert 2 * x.size > 1 << 21  # bytes, at two an element
+    assert 2 * x.size > kernels_unpacked._NEAR  # bytes, at two an element
     whole = product(x, operand(qw), width)
     parts = [product(part, operand(qw), width) for part in np.split(x, 4)]
     assert whole is not None
