@@ -40,11 +40,12 @@ def encode_rows(w: Array, scheme: Scheme, packed: Array) -> tuple[Array, Array]:
     rows, columns = w.shape
     groups = scheme.groups(columns)
     scales, biases = np.empty((rows, groups), np.float32), np.empty((rows, groups), np.float32)
-    job, kernel = _job(), _kernel(scheme.bits, compiled.KINDS[w.dtype])
+    job, kernel = _job(), _kernel(scheme.bits)
     fields = {
         "x": w.ctypes.data,
         "x_row": w.strides[0],
         "in_features": columns,
+        "kind": compiled.KINDS[w.dtype],
         "groups": groups,
         "group": scheme.group_size or columns,
         "packed": packed.ctypes.data,
@@ -71,7 +72,7 @@ def _job() -> Array:
 
 
 @cache
-def _kernel(bits: int, kind: int) -> Any:
+def _kernel(bits: int) -> Any:
     from quantcore_backends.cpu_kernels.encoding import encoder
 
-    return encoder(bits, kind)
+    return encoder(bits)

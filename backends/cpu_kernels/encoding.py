@@ -8,7 +8,6 @@ import numpy as np
 from quantcore_backends.cpu_kernels.disk_cache import COMPILED, cfunc, njit
 from quantcore_backends.cpu_kernels.job import KERNEL, bytes_at, floats_at, job_at, words_at
 from quantcore_backends.cpu_kernels.simd import LANES, greatest, larger, least, load, scale_at, smaller, splat
-from quantcore_backends.cpu_kernels.vectors import SCALE_BYTES
 
 __all__ = ["encoder"]
 
@@ -79,9 +78,20 @@ def refuse_groups(x, group, scales, biases):
             scales[g] = biases[g] = np.nan
 
 
+@njit(**COMPILED)
+def widen_row(source, kind, to):
+    """A row of float16 or bfloat16, as `kind` says, to float32."""
+    if kind == 1:
+        for k in range(to.size):
+            to[k] = scale_at(source + 2 * k, 1)
+    else:
+        for k in range(to.size):
+            to[k] = scale_at(source + 2 * k, 2)
+
+
 @cache
-def encoder(bits: int, kind: int) -> Any:
-    """Kernel over rows of float32, float16 or bfloat16 (kinds as in :func:`simd.scale_at`), for 2 bits or more.
+def encoder(bits: int) -> Any:
+    """Kernel over rows of float32, float16 or bfloat16 (the job's kind, as in :func:`simd.scale_at`), 2 bits or more.
 
     It gives scales and biases in float32, before they are rounded to the weight's dtype. Where a group isn't finite its
     scale is NaN.
@@ -91,7 +101,6 @@ def encoder(bits: int, kind: int) -> Any:
     The rule is that of MLX 0.32's CPU kernel: see :func:`quantcore.quantize`.
     """
     top = np.float32((1 << bits) - 1)
-    size = SCALE_BYTES[kind]
     # Eight codes fill a word, and LLVM joins several at once; in other widths words of 64 bits overlap.
     word = {2: np.uint16, 4: np.uint32}.get(bits, np.uint64)
     fills = bits in (2, 4, 8)
@@ -107,9 +116,8 @@ def encoder(bits: int, kind: int) -> Any:
         stream = np.empty(blocks * bits + 8, np.uint8)
         for n in range(first, last):
             source = job.x + n * job.x_row
-            if kind:
-                for k in range(columns):
-                    converted[k] = scale_at(source + k * size, kind)
+            if job.kind != 0:
+                widen_row(source, job.kind, converted)
                 source = converted.ctypes.data
             x = floats_at(source, columns)
             scales = floats_at(job.scales + n * job.scale_row, job.groups)

@@ -141,10 +141,10 @@ class RowKernels(NamedTuple):
     step: int
 
 
-def row_kernels(scheme: Scheme, kind: int, width: int, together: int) -> RowKernels:
+def row_kernels(scheme: Scheme, width: int, together: int) -> RowKernels:
     """What rounds few rows of x to integers of `width` bits, and what multiplies them.
 
-    `kind` is the scales'; those of 16 and 8 bits are taken one row of x at a time, or two.
+    Those of 16 and 8 bits are taken one row of x at a time, or two.
     """
     modules = _compiled()
     run = modules.activations.run_length(scheme.group_size)
@@ -153,7 +153,7 @@ def row_kernels(scheme: Scheme, kind: int, width: int, together: int) -> RowKern
         kernel = modules.rows24.four_rows(scheme.bits, run, max(1, step // (scheme.group_size or step)))
     else:
         sharing = (scheme.group_size or 0) // run
-        kernel = modules.rows.four_rows(scheme.bits, kind, run, sharing, width, together)
+        kernel = modules.rows.four_rows(scheme.bits, run, sharing, width, together)
     return RowKernels(modules.activations.row_rounder(scheme.bits, run, width), kernel, step)
 
 
@@ -276,7 +276,7 @@ class _Plan:
             rounder, kernel, self.height = tile_kernels(scheme, width, rows)
             sizes = layout.of_tiles(rows, columns, groups, bits, run, lanes, width, self.height)
         else:
-            rounder, kernel, step = row_kernels(scheme, kind, width, together)
+            rounder, kernel, step = row_kernels(scheme, width, together)
             sizes = layout.of_few_rows(columns, groups, bits, group, run, step, lanes, width)
         of_weight = outputs, columns, words, groups, packed_row, scale_row, kind, bits, group
         fixed = layout.plan(*of_weight, run, *sizes, layout.bound(outputs, width))

@@ -28,7 +28,7 @@ from quantcore_backends.cpu_kernels.simd import (
     zero,
 )
 from quantcore_backends.cpu_kernels.simd_int import chunk_codes, dot, spread, spread_first, to_floats
-from quantcore_backends.cpu_kernels.vectors import LANES, SCALE_BYTES, VECTOR_BYTES
+from quantcore_backends.cpu_kernels.vectors import LANES, VECTOR_BYTES
 
 __all__ = ["four", "four_rows", "further", "rows_of", "scales_of"]
 
@@ -69,20 +69,19 @@ def _give(job, n, last, m, sums):
 
 
 @njit(forceinline=True, **COMPILED)
-def _lay(to, scales, biases, left, x_scales, x_sums, sums, kind, several):
+def _lay(to, scales, biases, x_scales, x_sums, sums):
     """Lay what four rows' sums are scaled by for a vector of runs, and add the biases' part to the sums."""
-    kind, several = literally(kind), literally(several)
     of_x = load(x_scales)
-    store(to, times(spread_first(scales[0], kind, several, left), of_x))
-    store(to + VECTOR_BYTES, times(spread_first(scales[1], kind, several, left), of_x))
-    store(to + 2 * VECTOR_BYTES, times(spread_first(scales[2], kind, several, left), of_x))
-    store(to + 3 * VECTOR_BYTES, times(spread_first(scales[3], kind, several, left), of_x))
+    store(to, times(scales[0], of_x))
+    store(to + VECTOR_BYTES, times(scales[1], of_x))
+    store(to + 2 * VECTOR_BYTES, times(scales[2], of_x))
+    store(to + 3 * VECTOR_BYTES, times(scales[3], of_x))
     of_x = load(x_sums)
     return (
-        fma(spread_first(biases[0], kind, several, left), of_x, sums[0]),
-        fma(spread_first(biases[1], kind, several, left), of_x, sums[1]),
-        fma(spread_first(biases[2], kind, several, left), of_x, sums[2]),
-        fma(spread_first(biases[3], kind, several, left), of_x, sums[3]),
+        fma(biases[0], of_x, sums[0]),
+        fma(biases[1], of_x, sums[1]),
+        fma(biases[2], of_x, sums[2]),
+        fma(biases[3], of_x, sums[3]),
     )
 
 
@@ -105,17 +104,17 @@ def _add(sums, packed, x, laid, bits, width, chunks, runs):
 
 
 @cache
-def four_rows(bits: int, kind: int, run: int, sharing: int, width: int, together: int) -> Any:
+def four_rows(bits: int, run: int, sharing: int, width: int, together: int) -> Any:
     """Kernel over rows of the weight, four at a time, which share the loads of x.
 
     x has a scale for each `run` of elements; `sharing` of them have one of the weight's in common, 0 if all have.
     Rows of x are taken `together`, one or two, which share the unpacking of codes.
     """
-    step, size = step_codes(bits, run), SCALE_BYTES[kind]
+    step = step_codes(bits, run)
     chunks, step_runs = step // chunk_codes(bits), step // run
     packed_step, codes_step, vector_steps = step * bits // 8, step * width // 8, LANES // step_runs
     several = LANES // sharing if sharing else 1
-    next_scales = several * size if sharing else 0
+    next_groups = several if sharing else 0
 
     @cfunc(KERNEL, cache=True, **COMPILED)
     def kernel(address, thread, first, last):
@@ -123,6 +122,7 @@ def four_rows(bits: int, kind: int, run: int, sharing: int, width: int, together
         steps = (job.in_features + step - 1) // step
         laid = job.scratch + thread * job.scratch_size
         beside, ahead, bad = job.biases - job.scales, rows_ahead(job), zero()
+        kind, next_scales = job.kind, next_groups * job.scale_step
         for n in range(first, last, 4):
             numbers = four(n, last)
             packed, scales = rows_of(job, numbers), scales_of(job, numbers)
@@ -136,12 +136,12 @@ def four_rows(bits: int, kind: int, run: int, sharing: int, width: int, together
                 for start in range(0, steps, vector_steps):
                     vector = start // vector_steps
                     at, xi = vector * next_scales, vector * VECTOR_BYTES
-                    left = job.groups - at // size
-                    s = further(scales, at)
-                    b = further(s, beside)
-                    sums = _lay(laid, s, b, left, xs + xi, x_sums + xi, sums, kind, several)
+                    left = job.groups - vector * next_groups
+                    s = spread_first(further(scales, at), kind, several, left)
+                    b = spread_first(further(scales, at + beside), kind, several, left)
+                    sums = _lay(laid, s, b, xs + xi, x_sums + xi, sums)
                     if together == 2:
-                        sums1 = _lay(laid + 4 * VECTOR_BYTES, s, b, left, xs1 + xi, x_sums1 + xi, sums1, kind, several)
+                        sums1 = _lay(laid + 4 * VECTOR_BYTES, s, b, xs1 + xi, x_sums1 + xi, sums1)
                     prefetch_lines(near_scales + 4 * at, 4 * next_scales)
                     prefetch_lines(near_scales + beside + 4 * at, 4 * next_scales)
                     for i in range(start, min(start + vector_steps, steps)):

@@ -9,7 +9,6 @@ from functools import cache
 from typing import Any, Final
 
 import numpy as np
-from numba import literally
 
 from quantcore_backends.cpu_kernels.activations import step_codes
 from quantcore_backends.cpu_kernels.ahead import prefetch_lines, rows_ahead
@@ -37,8 +36,7 @@ _FLUSH: Final = 4096
 @njit(forceinline=True, **COMPILED)
 def _lay_row(scales, biases, left, to, laid, top, kind):
     """Lay a vector of a row's scales, `left` of them, beside its codes of 0 and its biases, raised by as much."""
-    kind = literally(kind)
-    s, b = spread_first(scales, kind, LANES, left), spread_first(biases, kind, LANES, left)
+    s, b = spread_first((scales, biases), kind, LANES, left)
     origin = zero_codes(s, b, splat(top))
     store(to, s)
     store(to + laid, fma(origin, s, b))
@@ -48,7 +46,6 @@ def _lay_row(scales, biases, left, to, laid, top, kind):
 @njit(**COMPILED)
 def _lay(scales, beside, groups, to, laid, top, kind, step):
     """Lay four rows' scales of a kind, its raised biases, and its codes of 0."""
-    kind = literally(kind)
     for g in range(0, groups, LANES):
         s, left = further(scales, g * step), groups - g
         b = further(s, beside)
@@ -83,12 +80,7 @@ def four_rows(bits: int, run: int, scales: int) -> Any:
             numbers = four(n, last)
             p0, p1, p2, p3 = rows_of(job, numbers)
             beginnings = scales_of(job, numbers)
-            if job.kind == 0:
-                _lay(beginnings, beside, job.groups, s0, laid, top, 0, job.scale_step)
-            elif job.kind == 1:
-                _lay(beginnings, beside, job.groups, s0, laid, top, 1, job.scale_step)
-            else:
-                _lay(beginnings, beside, job.groups, s0, laid, top, 2, job.scale_step)
+            _lay(beginnings, beside, job.groups, s0, laid, top, job.kind, job.scale_step)
             for m in range(job.rows):
                 x, xs = job.codes + m * job.codes_row, job.code_scales + m * job.code_scales_row
                 sums = job.sums + m * job.sums_row

@@ -81,12 +81,7 @@ def lay_scales(job, n, vectors, group, groups, to, addresses):
             for g in range(0, groups, LANES):
                 at, left = g * job.scale_step, groups - g
                 place = to + (second * vectors + v) * VECTOR_BYTES + g * stride
-                if job.kind == 0:
-                    scales_side_by_side(addresses, at, left, place, stride, 0)
-                elif job.kind == 1:
-                    scales_side_by_side(addresses, at, left, place, stride, 1)
-                else:
-                    scales_side_by_side(addresses, at, left, place, stride, 2)
+                scales_side_by_side(addresses, at, left, place, stride, job.kind)
 
 
 @njit(**COMPILED)

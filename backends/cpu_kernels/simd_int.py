@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
+from numba.core.types.containers import Tuple
 from numba.extending import intrinsic
 
 from quantcore_backends.cpu_kernels.layout import FLOAT_WIDTH
@@ -296,26 +297,56 @@ def spread(typing: Any, address: Any, count: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def spread_first(typing: Any, address: Any, kind: Any, count: Any, first: Any) -> Any:
-    """As :func:`spread`, of any kind of :func:`simd.scale_at`; only the first few are read, 0 stands for the others."""
-    chosen, number = kind.literal_value, count.literal_value
+def spread_first(typing: Any, addresses: Any, kind: Any, count: Any, first: Any) -> Any:
+    """As :func:`spread`, from each of some addresses, of any kind of :func:`simd.scale_at`.
+
+    Only the first few are read; 0 stands for the others. `kind` may be known only when the kernel runs.
+    """
+    number = count.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        several = first_floats(builder, args[0], args[3], chosen, number)
-        return shuffled(builder, several, [lane * number // LANES for lane in range(LANES)])
+        places = [lane * number // LANES for lane in range(LANES)]
+        found = first_floats(builder, cgutils.unpack_tuple(builder, args[0]), args[3], args[1], number)
+        return context.make_tuple(builder, signature.return_type, [shuffled(builder, each, places) for each in found])
 
-    return floats(types.intp, kind, count, types.intp), generate
+    return Tuple([floats] * len(addresses))(addresses, types.intp, count, types.intp), generate
 
 
-def first_floats(builder: Any, address: Any, left: Any, kind: int, count: int) -> Any:
-    """`count` floats from memory, of which the first `left` are read; 0 stands for the others."""
-    several = ir.VectorType((FLOAT, SHORT, SHORT)[kind], count)
+def first_floats(builder: Any, addresses: list[Any], left: Any, kind: Any, count: int) -> list[Any]:
+    """`count` floats from each address, of which the first `left` are read; 0 stands for the others.
+
+    `kind` is a value of the code, since a branch costs next to nothing here: else each kind would have kernels of its
+    own, which take seconds to compile.
+    """
     wanted = repeat(builder, builder.trunc(left, DWORD), count)
     there = builder.icmp_signed("<", constant(list(range(count))), wanted)
-    name = f"llvm.masked.load.v{count}{('f32', 'i16', 'i16')[kind]}.p0"
-    pointer = pointer_to(builder, address, several)
-    arguments = [pointer, ir.Constant(DWORD, 1), there, ir.Constant(several, None)]
-    return _widened(builder, called(builder, name, several, arguments), kind)
+    kinds = [builder.append_basic_block(name) for name in ("float32", "float16", "bfloat16")]
+    done = builder.append_basic_block("widened")
+    switch = builder.switch(kind, kinds[0])
+    for number, block in enumerate(kinds):
+        if number:
+            switch.add_case(ir.Constant(kind.type, number), block)
+    widened = []
+    for number, block in enumerate(kinds):
+        builder.position_at_end(block)
+        widened.append([_widened(builder, _loaded(builder, each, there, number), number) for each in addresses])
+        builder.branch(done)
+    builder.position_at_end(done)
+    found = []
+    for of_kinds in zip(*widened, strict=True):
+        merged = builder.phi(of_kinds[0].type)
+        for value, block in zip(of_kinds, kinds, strict=True):
+            merged.add_incoming(value, block)
+        found.append(merged)
+    return found
+
+
+def _loaded(builder: Any, address: Any, there: Any, kind: int) -> Any:
+    """Floats of a kind as they are stored, where they are there; else 0."""
+    several = ir.VectorType((FLOAT, SHORT, SHORT)[kind], there.type.count)
+    name = f"llvm.masked.load.v{several.count}{('f32', 'i16', 'i16')[kind]}.p0"
+    arguments = [pointer_to(builder, address, several), ir.Constant(DWORD, 1), there, ir.Constant(several, None)]
+    return called(builder, name, several, arguments)
 
 
 def _widened(builder: Any, stored: Any, kind: int) -> Any:

@@ -6,11 +6,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from quantcore_backends.cpu_kernels.simd_int import (
-    codes_of_words,
-    crossing,
-    first_floats,
-)
+from quantcore_backends.cpu_kernels.simd_int import codes_of_words, crossing, first_floats
 from quantcore_backends.cpu_kernels.vectors import (
     BYTE,
     BYTES,
@@ -50,19 +46,18 @@ def side_by_side(typing: Any, rows: Any, start: Any, to: Any, stride: Any) -> An
     return types.void(types.intp, types.intp, types.intp, types.intp), generate
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def scales_side_by_side(typing: Any, rows: Any, start: Any, left: Any, to: Any, stride: Any, kind: Any) -> Any:
     """As :func:`side_by_side`, of LANES scales a row, the first `left` of which are read; `kind` as in `scale_at`."""
-    chosen = kind.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        rows, start, left, to, stride = args[:5]
-        scales = [first_floats(builder, address, left, chosen, LANES) for address in _addresses(builder, rows, start)]
+        rows, start, left, to, stride, kind = args
+        scales = first_floats(builder, _addresses(builder, rows, start), left, kind, LANES)
         for group, vector in enumerate(_transposed(builder, scales)):
             write(builder, builder.add(to, builder.mul(stride, ir.Constant(QWORD, group))), vector)
         return context.get_dummy_value()
 
-    return types.void(types.intp, types.intp, types.intp, types.intp, types.intp, kind), generate
+    return types.void(types.intp, types.intp, types.intp, types.intp, types.intp, types.intp), generate
 
 
 @intrinsic(prefer_literal=True)

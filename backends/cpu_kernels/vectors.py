@@ -20,7 +20,6 @@ __all__ = [
     "HALF",
     "LANES",
     "QWORD",
-    "SCALE_BYTES",
     "SHORT",
     "SHORTS",
     "VECTOR_BYTES",
@@ -61,8 +60,6 @@ LANES: Final = 16 if target_has("avx512f") and target_has("avx512bw") else 8
 VECTOR_BYTES: Final = 4 * LANES
 """Bytes of a vector: with AVX-512, those of a cache line."""
 
-SCALE_BYTES: Final = (4, 2, 2)
-"""Of each kind of scales: float32, float16, bfloat16."""
 
 FLOAT, HALF = ir.FloatType(), ir.HalfType()
 BYTE, SHORT, DWORD, QWORD = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)

@@ -86,4 +86,4 @@ def load(scheme: Scheme | str, dtype: Any = "float32") -> None:
     if integer.serves(scheme):
         for width in integer.WIDTHS.values():
             for together in range(3):
-                targets.load_rounded(scheme, kind, width, together)
+                targets.load_rounded(scheme, width, together)

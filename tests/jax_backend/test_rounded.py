@@ -233,7 +233,7 @@ def test_a_rounded_product_that_does_not_fit_gives_an_error_of_xlas() -> None:
     leaves = tuple(leaf[None] for leaf in qw.flatten()[0])
     which = jnp.zeros(1, jnp.int32)
     for width, together in ((8, 2), (24, 1), (16, 0)):
-        targets.load_rounded(qw.scheme, 0, width, together)
+        targets.load_rounded(qw.scheme, width, together)
     good = targets._spec("few_rows", qw.scheme, 128, "float32", 16)
     x = jnp.ones((1, 2, 128))
 

@@ -21,7 +21,6 @@ __all__ = [
     "FIRST_BODY",
     "FIRST_ROUNDED",
     "KERNELS",
-    "KINDS",
     "TABLE",
     "WIDEST",
     "answers_query",
@@ -47,9 +46,9 @@ __all__ = [
 
 FIRST_BODY: Final = 16
 FIRST_ROUNDED: Final = 256
-KERNELS, KINDS, WIDEST = 8, 3, max(BITS)
-"""Kernels for rounded rows or tiles, of a scheme and kind of scales, kinds of scales, bits of a code at most."""
-_USED: Final = FIRST_ROUNDED + 3 * KERNELS * KINDS * WIDEST * (len(GROUP_SIZES) + 1)
+KERNELS, WIDEST = 8, max(BITS)
+"""Kernels for rounded rows or tiles, of a scheme; bits of a code at most."""
+_USED: Final = FIRST_ROUNDED + 3 * KERNELS * WIDEST * (len(GROUP_SIZES) + 1)
 
 TABLE: Final = (ctypes.c_int64 * (_USED + 8))()
 """Version of XLA's interface (two integers); most threads; the pool's task; the rounded products' task.

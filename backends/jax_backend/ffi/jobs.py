@@ -17,7 +17,6 @@ from quantcore_backends.jax_backend.ffi.bodies import chosen_weight
 from quantcore_backends.jax_backend.ffi.frame import (
     FIRST_ROUNDED,
     KERNELS,
-    KINDS,
     TABLE,
     WIDEST,
     free,
@@ -51,7 +50,7 @@ _turns = njit(**CACHED)(layout.turns)
 
 
 @njit(**INLINED)
-def _entry(bits, group, kind, width, together):
+def _entry(bits, group, width, together):
     """Where in the table kernels stand: rounder, kernel, and codes at a time or rows of a block.
 
     Of 24 bits and of floats there is one; of others for one row of x at a time, for tiles, and for two rows.
@@ -59,7 +58,7 @@ def _entry(bits, group, kind, width, together):
     number = 0
     while group >> (4 + number):
         number += 1
-    scheme = (number * WIDEST + bits - 1) * KINDS + kind
+    scheme = number * WIDEST + bits - 1
     others = 0 if width == 24 or together == 1 else 3 if together == 0 else 5
     kernel = KERNELS - 1 if width == _FLOATS else width // 8 - 1 + others
     return FIRST_ROUNDED + 3 * (scheme * KERNELS + kernel)
@@ -68,8 +67,8 @@ def _entry(bits, group, kind, width, together):
 @njit(**INLINED)
 def _kernels(spec, rows_of_x, width):
     """Address of what the table has for so many rows of x."""
-    bits, group, kind = load64(spec + _BITS), load64(spec + _GROUP), load64(spec + _KIND)
-    return table() + 8 * _entry(bits, group, kind, width, _together(rows_of_x, _FEW_ROWS))
+    bits, group = load64(spec + _BITS), load64(spec + _GROUP)
+    return table() + 8 * _entry(bits, group, width, _together(rows_of_x, _FEW_ROWS))
 
 
 @njit(**INLINED)
@@ -156,11 +155,11 @@ def multiply(frame, spec, block, product, products, row, count, width, served):
     return done
 
 
-def load(scheme: Scheme, kind: int, width: int, together: int) -> None:
+def load(scheme: Scheme, width: int, together: int) -> None:
     """Compile the kernels of a scheme, or read them from the cache, and put them into the table.
 
     `together` is as of :func:`layout.together`.
     """
-    found = integer.row_kernels(scheme, kind, width, together) if together else integer.tile_kernels(scheme, width)
-    place = _entry.py_func(scheme.bits, scheme.group_size or 0, kind, width, together)
+    found = integer.row_kernels(scheme, width, together) if together else integer.tile_kernels(scheme, width)
+    place = _entry.py_func(scheme.bits, scheme.group_size or 0, width, together)
     TABLE[place + 2], TABLE[place + 1], TABLE[place] = found[2], found.kernel.address, found.rounder.address

@@ -63,7 +63,7 @@ def product(
     operation = "along_rows" if along_rows else "one_row" if count == 1 else "few_rows"
     spec = _spec(operation, scheme, columns, scales.dtype.name, width or 0)
     if width:
-        load_rounded(scheme, KINDS[scales.dtype.name], width, layout.together(count, integer.FEW_ROWS))
+        load_rounded(scheme, width, layout.together(count, integer.FEW_ROWS))
     turned = not (along_rows or width)
     shape = (products, count, columns if along_rows else packed.shape[1])
     if turned:
@@ -117,7 +117,7 @@ def load(operation: str, bits: int, kind: int) -> int:
 
 
 @cache
-def load_rounded(scheme: Any, kind: int, width: int, together: int) -> None:
+def load_rounded(scheme: Any, width: int, together: int) -> None:
     """Likewise the kernels for rows of x rounded to integers, of those widths that are worth it here.
 
     `together` is as of :func:`layout.together`.
@@ -127,7 +127,7 @@ def load_rounded(scheme: Any, kind: int, width: int, together: int) -> None:
     with _lock:
         _register()
         for tried in integer.widths(scheme, width, tiled=not together):
-            jobs.load(scheme, kind, tried, together)
+            jobs.load(scheme, tried, together)
 
 
 @cache
