@@ -104,7 +104,7 @@ _EXPLICIT = """
         return y
     def inside(function, *spec):  # what types say inside of a trace is what is there
         return lambda *operands: lies(jax.jit(lambda *traced: lies(function(*traced), *spec))(*operands), *spec)
-    for scheme in ("affine-int4-g64", "affine-int8-row"):
+    for scheme in sys.argv[2:]:
         qw = qc.quantize(jnp.asarray(w), scheme)
         exact = np.asarray(qw.dequantize(), np.float64)
         for spec in (P("model", None), P(None, "model"), P("data", "model")):
@@ -203,12 +203,17 @@ def test_eight_devices_of_one_host() -> None:
     assert finished(start(_EIGHT, devices=8), 300).split() == ["checked", "36"]
 
 
-@pytest.mark.parametrize("mesh", ["context", "operands"])
-def test_eight_devices_with_explicit_axes(mesh: str) -> None:
+@pytest.mark.parametrize(
+    ("mesh", "schemes"),
+    [("context", ["affine-int4-g64", "affine-int8-row"]), ("operands", ["affine-int4-g64"])],
+    ids=["context", "operands"],
+)
+def test_eight_devices_with_explicit_axes(mesh: str, schemes: list[str]) -> None:
     """The mesh is that of the operands, and in force or not."""
     if not hasattr(jax.sharding, "auto_axes"):
         pytest.skip("this JAX has no jax.sharding.auto_axes")
-    assert finished(start(_EXPLICIT, mesh, devices=8), 300).split() == ["checked", "24"]
+    done = finished(start(_EXPLICIT, mesh, *schemes, devices=8), 300)
+    assert done.split() == ["checked", str(12 * len(schemes))]
 
 
 def test_two_processes() -> None:
