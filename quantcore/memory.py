@@ -1,11 +1,11 @@
-"""NumPy memory that begins with a cache line."""
+"""NumPy memory: that begins with a cache line, and that nobody writes to."""
 
 import math
 from typing import Any, Final
 
 import numpy as np
 
-__all__ = ["aligned", "aligned_empty"]
+__all__ = ["aligned", "aligned_empty", "freeze", "is_frozen"]
 
 _LINE: Final = 64
 """Bytes of a cache line."""
@@ -50,3 +50,38 @@ def aligned(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     copy = aligned_empty(array.shape, array.dtype)
     copy[...] = array
     return copy
+
+
+def freeze(array: np.ndarray[Any, Any]) -> None:
+    """Make an array read-only, and all arrays that it is a view of: for memory that nobody else holds.
+
+    Parameters
+    ----------
+    array : array
+    """
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base.flags.writeable = False
+        base = base.base
+
+
+def is_frozen(array: np.ndarray[Any, Any]) -> bool:
+    """Whether nobody can write to an array, through it or through what it is a view of: what it holds may be kept.
+
+    Parameters
+    ----------
+    array : array
+
+    Returns
+    -------
+    bool
+    """
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        if base.flags.writeable:
+            return False
+        base = base.base
+    try:
+        return base is None or memoryview(base).readonly
+    except TypeError:
+        return False

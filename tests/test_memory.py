@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 
 import quantcore as qc
 from quantcore import QuantizedTensor, Scheme
-from quantcore.memory import aligned, aligned_empty
+from quantcore.memory import aligned, aligned_empty, freeze, is_frozen
 
 MIB = 1 << 20
 LIMIT = 64 * MIB
@@ -156,3 +157,29 @@ def test_array_api(shape: tuple[int, ...], bits: int, flip: bool, libraries: dic
 def test_array_api_on_numpy_arrays(large: QuantizedTensor) -> None:
     x = np.ones((1, large.shape[-1]), np.float32)
     assert beyond(x, large[:4096], backend="array_api") < LIMIT
+
+
+def test_frozen_is_what_nobody_can_write_to(tmp_path: Path) -> None:
+    array = np.zeros((4, 4), np.float32)
+    view = array[1:]
+    view.flags.writeable = False
+    assert not is_frozen(view)
+    freeze(view)
+    assert is_frozen(view)
+    assert is_frozen(array)
+    with pytest.raises(ValueError, match="read-only"):
+        array[0] = 1
+
+    memory = bytearray(16)
+    of_bytearray = np.frombuffer(memory, np.uint8)
+    of_bytearray.flags.writeable = False
+    assert not is_frozen(of_bytearray)
+    assert is_frozen(np.frombuffer(bytes(memory), np.uint8))
+
+    path = tmp_path / "mapped"
+    path.write_bytes(memory)
+    assert is_frozen(np.memmap(path, np.uint8, "r"))
+    assert not is_frozen(np.memmap(path, np.uint8, "r+"))
+    writable = np.memmap(path, np.uint8, "r+")[2:]
+    writable.flags.writeable = False
+    assert not is_frozen(writable)

@@ -79,6 +79,7 @@ def row_rounder(bits: int, run: int, width: int) -> Any:
 
     They lie in the order of :func:`simd_int.dot`. Beside them the scale of each `run`, and its sum of x; with 24 bits,
     instead of these the sums of the integers of each lane, and behind them those of x of each group of the weight.
+    Sums of x are multiplied by the job's `sum_factor`, but for 24 bits.
     """
     step, (layers, parts), top = step_codes(bits, run), form(bits, width), _top(bits, run, width)
     chunk, planes, lanes = chunk_codes(bits), lane_codes(bits) // parts, run * LANES // step
@@ -87,7 +88,7 @@ def row_rounder(bits: int, run: int, width: int) -> Any:
     @cfunc(KERNEL, cache=True, **COMPILED)
     def kernel(address, thread, first, last):
         job = job_at(address)
-        columns, bound = job.in_features, np.float32(job.bound * 1e-18)
+        columns, bound, factor = job.in_features, np.float32(job.bound * 1e-18), np.float32(job.sum_factor)
         runs = (columns + step - 1) // step * (step // run)
         padded, integers = np.zeros(run, np.float32), np.empty(run, np.int32)
         for m in range(first, last):
@@ -118,7 +119,7 @@ def row_rounder(bits: int, run: int, width: int) -> Any:
                     total += np.float64(scale) * count
                 else:
                     scales[r] = scale * RAISED
-                    of_runs[r] = scales[r] * count
+                    of_runs[r] = scales[r] * count * factor
                 # Runs may be parts of a chunk, or several chunks.
                 for part in range(0, run, some):
                     within = (start + part) % chunk
@@ -138,7 +139,8 @@ def block_rounder(bits: int, run: int, width: int, height: int) -> Any:
     """Kernel that makes rows of x integers of `width` bits for blocks of `height` rows.
 
     They lie run by run, the words of each row after another; beside them the rows' scales, and those times the sums of
-    the integers. Both are 0 for rows that fill up the last block, lest it be slow to compute with.
+    the integers and the job's `sum_factor`. Both are 0 for rows that fill up the last block, lest it be slow to compute
+    with.
     """
     (layers, parts), top = form(bits, width), _top(bits, run, width)
     each, run_bytes = lane_codes(bits), run * width // 8
@@ -147,7 +149,7 @@ def block_rounder(bits: int, run: int, width: int, height: int) -> Any:
     @cfunc(KERNEL, cache=True, **COMPILED)
     def kernel(address, thread, first, last):
         job = job_at(address)
-        columns, bound = job.in_features, np.float32(job.bound * 1e-18)
+        columns, bound, factor = job.in_features, np.float32(job.bound * 1e-18), np.float32(job.sum_factor)
         runs = (columns + run - 1) // run
         padded, integers = np.zeros(run, np.float32), np.empty(run, np.int32)
         for m in range(first, last):
@@ -165,7 +167,7 @@ def block_rounder(bits: int, run: int, width: int, height: int) -> Any:
                 at = block * runs + r * its_height
                 beside = floats_at(job.code_scales + at * 8, 2 * its_height)
                 beside[m - block] = scale
-                beside[its_height + m - block] = scale * count
+                beside[its_height + m - block] = scale * count * factor
                 for more in range(m + 1 - block, its_height if m == job.rows - 1 else 0):
                     beside[more] = 0
                     beside[its_height + more] = 0

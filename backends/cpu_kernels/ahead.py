@@ -26,7 +26,9 @@ _MOST_AHEAD: Final = 1 << 20
 
 _SLOTS: Final = 4096
 """After so many weights, slots are given anew. Whose slot was taken is guessed wrong, once or twice."""
-_PACKED, _PACKED_BYTES, _SCALES, _BIASES, _SCALE_BYTES, _NEXT, _CANDIDATE = range(0, 56, 8)
+_PACKED, _PACKED_BYTES, _SCALES, _SCALE_BYTES, _BIASES, _BIAS_BYTES, _NEXT, _CANDIDATE = range(0, 64, 8)
+_SIZE: Final = 8
+"""From where an array's address stands to where its bytes do."""
 _AT, _PIECE, _AHEAD, _EXPECTED = range(0, 32, 8)
 _table: Final = np.zeros((_SLOTS, 8), np.int64)
 _numbers: Final = itertools.count()
@@ -78,9 +80,9 @@ def tile_ahead(job, n, rows, run, runs):
     return Ahead(job.packed + at, job.scales + beside, job.biases + beside, codes, scales)
 
 
-def slot_of(packed: int, packed_bytes: int, scales: int, biases: int, scale_bytes: int) -> int:
-    """Address of the slot for a weight whose arrays lie at these addresses."""
-    what = packed, packed_bytes, scales, biases, scale_bytes
+def slot_of(packed: tuple[int, int], scales: tuple[int, int], biases: tuple[int, int]) -> int:
+    """Address of the slot for a weight whose arrays lie at these addresses and have so many bytes that are read."""
+    what = *packed, *scales, *biases
     found = _given.get(what)
     if found is not None:
         return found
@@ -88,7 +90,7 @@ def slot_of(packed: int, packed_bytes: int, scales: int, biases: int, scale_byte
     number = next(_numbers) % _SLOTS
     _given.pop(_said[number], None)
     _said[number] = what
-    _table[number] = *what, 0, 0, 0
+    _table[number] = *what, 0, 0
     address = _given[what] = _table.ctypes.data + number * _table.strides[0]
     return address
 
@@ -108,18 +110,14 @@ def learn(last, weight):
 @njit(**CACHED)
 def _prefetch_piece(weight, piece):
     """Prefetch a piece of a weight, or say that it hasn't so many."""
-    size, scale_size = load_word(weight + _PACKED_BYTES), load_word(weight + _SCALE_BYTES)
-    of_codes, of_scales = (size + _BYTES - 1) // _BYTES, (scale_size + _BYTES - 1) // _BYTES
-    if piece < of_codes:
-        start = load_word(weight + _PACKED)
-    elif piece < of_codes + of_scales:
-        start, size, piece = load_word(weight + _SCALES), scale_size, piece - of_codes
-    elif piece < of_codes + 2 * of_scales:
-        start, size, piece = load_word(weight + _BIASES), scale_size, piece - of_codes - of_scales
-    else:
-        return False
-    prefetch_lines(start + piece * _BYTES, min(size - piece * _BYTES, _BYTES))
-    return True
+    for array in (_PACKED, _SCALES, _BIASES):
+        start, size = load_word(weight + array), load_word(weight + array + _SIZE)
+        pieces = (size + _BYTES - 1) // _BYTES
+        if piece < pieces:
+            prefetch_lines(start + piece * _BYTES, min(size - piece * _BYTES, _BYTES))
+            return True
+        piece -= pieces
+    return False
 
 
 @njit(**CACHED)
@@ -131,7 +129,7 @@ def go_on(place, weight):
     """
     following = load_word(weight + _NEXT)
     if load_word(place + _EXPECTED) == weight and load_word(place + _AT) != weight:
-        done = load_word(weight + _PACKED_BYTES) + 2 * load_word(weight + _SCALE_BYTES)
+        done = load_word(weight + _PACKED_BYTES) + load_word(weight + _SCALE_BYTES) + load_word(weight + _BIAS_BYTES)
         store_word(place + _AHEAD, load_word(place + _AHEAD) - done)
     else:
         store_word(place + _AT, following)

@@ -4,6 +4,7 @@ from functools import cache, lru_cache
 from types import SimpleNamespace
 from typing import Any, Final, NamedTuple, TypeAlias
 
+import ml_dtypes
 import numpy as np
 
 from quantcore import Scheme
@@ -220,19 +221,30 @@ class Weight:
         Of packed, scales and biases. Each row lies in one piece.
     held : tuple of array, optional
         What keeps that memory; without, the caller does during each product.
+    zero_point : int, optional
+        As of :func:`zero_points.common_zero_point`. Unless it is 0, products of x of 16 and 8 bits don't read biases.
     """
 
-    __slots__ = ("_calls", "_held", "addresses", "geometry", "slot", "widths")
+    __slots__ = ("_calls", "_held", "addresses", "geometry", "slot", "widths", "zero_point")
 
-    def __init__(self, geometry: Geometry, addresses: tuple[int, int, int], held: tuple[Array, ...] = ()) -> None:
-        self.geometry, self.addresses, self._held = geometry, addresses, held
-        sizes = geometry.rows * geometry.packed_row, geometry.rows * geometry.scale_row
-        self.slot = _compiled().ahead.slot_of(addresses[0], sizes[0], *addresses[1:], sizes[1])
+    def __init__(
+        self,
+        geometry: Geometry,
+        addresses: tuple[int, int, int],
+        held: tuple[Array, ...] = (),
+        zero_point: int = 0,
+    ) -> None:
+        self.geometry, self.addresses, self._held, self.zero_point = geometry, addresses, held, zero_point
+        (packed, scales, biases), size = addresses, geometry.rows * geometry.scale_row
+        read = (scales, size), (biases, 0 if zero_point else size)
+        self.slot = _compiled().ahead.slot_of((packed, geometry.rows * geometry.packed_row), *read)
         self.widths = _widths(geometry.scheme)
         self._calls: dict[tuple[int, int], _Call] = {}
 
     @classmethod
-    def of(cls, packed: Array, scales: Array, biases: Array, scheme: Scheme, in_features: int) -> "Weight":
+    def of(
+        cls, packed: Array, scales: Array, biases: Array, scheme: Scheme, in_features: int, zero_point: int = 0
+    ) -> "Weight":
         """That of arrays, or of copies that the kernels can read.
 
         Parameters
@@ -240,9 +252,11 @@ class Weight:
         packed : array, shape (N, W), uint32
         scales, biases : array, shape (N, G), float32, float16 or bfloat16
         scheme : Scheme
-        in_features : int
+        in_features, zero_point : int
         """
-        dtype = scales.dtype if scales.dtype == biases.dtype and scales.dtype in KINDS else _FLOAT32
+        dtype = scales.dtype
+        if dtype not in KINDS or not (dtype == biases.dtype or (zero_point and _fits(biases, dtype))):
+            dtype = _FLOAT32
         packed = rows_in_memory(packed, _UINT32)
         scales, biases = rows_in_memory(scales, dtype), rows_in_memory(biases, dtype)
         if scales.strides != biases.strides:
@@ -251,7 +265,7 @@ class Weight:
         rows_apart = packed.strides[0], scales.strides[0]
         geometry = Geometry(scheme, in_features, rows, words, groups, *rows_apart, KINDS[dtype])
         held = packed, scales, biases
-        return cls(geometry, (packed.ctypes.data, scales.ctypes.data, biases.ctypes.data), held)
+        return cls(geometry, (packed.ctypes.data, scales.ctypes.data, biases.ctypes.data), held, zero_point)
 
     def call(self, width: int, rows: int) -> "_Call":
         """How the product with so many rows of x, as integers of `width` bits, is called."""
@@ -259,8 +273,20 @@ class Weight:
         if found is None:
             if len(self._calls) >= _CALLS:
                 self._calls.clear()
-            found = self._calls[width, rows] = _Call(_plan(self.geometry, width, rows), self)
+            found = self._calls[width, rows] = _Call(_plan(self.geometry, width, rows), self, width)
         return found
+
+    def fields(self, width: int) -> dict[str, int]:
+        """What a job says of the weight beyond its geometry, where x has integers of `width` bits or is floats."""
+        packed, scales, biases = self.addresses
+        if not self.zero_point or width in (24, FLOATS):
+            return {"packed": packed, "scales": scales, "biases": biases, "sum_factor": 1}
+        return {"packed": packed, "scales": scales, "biases": scales, "sum_factor": -self.zero_point}
+
+
+def _fits(biases: Array, dtype: np.dtype[Any]) -> bool:
+    """Whether multiples of numbers of a type, by powers of two, are finite in it: then they are exact."""
+    return bool(np.abs(biases).max(initial=0) <= ml_dtypes.finfo(dtype).max)
 
 
 class _Plan:
@@ -301,9 +327,9 @@ class _Call:
 
     __slots__ = ("_address", "_compiled", "_held", "_size", "_threaded")
 
-    def __init__(self, plan: _Plan, weight: Weight) -> None:
+    def __init__(self, plan: _Plan, weight: Weight, width: int) -> None:
         modules, slot = _compiled(), 0 if plan.height else weight.slot
-        fields = plan.fields | dict(zip(("packed", "scales", "biases"), weight.addresses, strict=True))
+        fields = plan.fields | weight.fields(width)
         record = np.array([*(fields.get(name, 0) for name in modules.job.JOB.names), *plan.turns, slot], np.int64)
         self._address, self._held = record.ctypes.data, (record, plan)
         self._compiled, self._size, self._threaded = modules.call, plan.size, plan.threads > 1

@@ -38,6 +38,8 @@ CALL: Final = (
     "packed",
     "scales",
     "biases",
+    # what sums of x are multiplied by: 1, or with scales in place of biases what makes these of them
+    "sum_factor",
     # the copy of the weight's last rows, and scratch memory for each thread
     "copy",
     "scratch",

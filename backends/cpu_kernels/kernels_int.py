@@ -138,12 +138,13 @@ def four_rows(bits: int, run: int, sharing: int, width: int, together: int) -> A
                     at, xi = vector * next_scales, vector * VECTOR_BYTES
                     left = job.groups - vector * next_groups
                     s = spread_first(further(scales, at), kind, several, left)
-                    b = spread_first(further(scales, at + beside), kind, several, left)
+                    b = s if beside == 0 else spread_first(further(scales, at + beside), kind, several, left)
                     sums = _lay(laid, s, b, xs + xi, x_sums + xi, sums)
                     if together == 2:
                         sums1 = _lay(laid + 4 * VECTOR_BYTES, s, b, xs1 + xi, x_sums1 + xi, sums1)
                     prefetch_lines(near_scales + 4 * at, 4 * next_scales)
-                    prefetch_lines(near_scales + beside + 4 * at, 4 * next_scales)
+                    if beside != 0:
+                        prefetch_lines(near_scales + beside + 4 * at, 4 * next_scales)
                     for i in range(start, min(start + vector_steps, steps)):
                         p, xi, li = further(packed, i * packed_step), i * codes_step, (i - start) * step_runs * 4
                         prefetch_lines(near_codes + 4 * i * packed_step, 4 * packed_step)

@@ -12,9 +12,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from quantcore import QuantizedTensor
-from quantcore.memory import aligned_empty
+from quantcore.memory import aligned_empty, is_frozen
 from quantcore_backends.cpu_kernels import compiled, compiled_microscaled, integer
 from quantcore_backends.cpu_kernels.weights import FLOAT32, TILE, Leaves, column_step, decode_block
+from quantcore_backends.cpu_kernels.zero_points import common_zero_point
 
 __all__ = ["dot", "gather_dot", "multiply"]
 
@@ -241,7 +242,9 @@ def _weight(qw: QuantizedTensor) -> integer.Weight | None:
         return found[1]
     if qw.packed.ndim != 2 or qw.transposed or not integer.serves(qw.scheme):
         return None
-    weight = integer.Weight.of(qw.packed, qw.scales, qw.biases, qw.scheme, qw.in_features)
+    lasting = is_frozen(qw.scales) and is_frozen(qw.biases)  # else they might be changed in place
+    zero_point = common_zero_point(qw.scales, qw.biases) if lasting else 0
+    weight = integer.Weight.of(qw.packed, qw.scales, qw.biases, qw.scheme, qw.in_features, zero_point)
     _weights[key] = weakref.ref(qw, lambda _: _weights.pop(key, None)), weight
     return weight
 

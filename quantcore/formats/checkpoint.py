@@ -6,6 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from quantcore.memory import freeze
 from quantcore.scheme import Scheme
 from quantcore.tensor import QuantizedTensor
 from quantcore.transfer import to_library
@@ -48,7 +49,7 @@ class Checkpoint(Mapping[str, Any]):
 
     Looking a name up reads that tensor, each time anew: keep what you use, ``dict(checkpoint)`` reads all. Dense
     tensors and MLX's quantized ones are views of the mapped file as long as they stay in NumPy; what other formats
-    pack differently is repacked.
+    pack differently is repacked. Scales and biases in NumPy are read-only, as what is mapped is.
 
     Attributes
     ----------
@@ -87,7 +88,11 @@ class Checkpoint(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         tensor = self._entries[name].read()
         if isinstance(tensor, QuantizedTensor):
-            return tensor if self._stays else tensor.to(self.library, self._device)
+            if not self._stays:
+                return tensor.to(self.library, self._device)
+            for leaf in tensor.flatten()[0][1:]:
+                freeze(leaf)
+            return tensor
         return tensor if self._stays else to_library(tensor, self.library, self._device)
 
     @property

@@ -17,8 +17,8 @@ NOWHERE = itertools.count(1 << 40, 1 << 30)  # addresses at which nothing is
 
 
 def slot(pieces: int, scale_pieces: int = 1) -> int:
-    place = next(NOWHERE)
-    return ahead.slot_of(place, pieces * PIECE, place, place, scale_pieces * PIECE)
+    place, scales = next(NOWHERE), scale_pieces * PIECE
+    return ahead.slot_of((place, pieces * PIECE), (place, scales), (place, scales))
 
 
 def words(address: int) -> list[int]:
@@ -28,7 +28,7 @@ def words(address: int) -> list[int]:
 
 
 def following(address: int) -> int:
-    return words(address)[5]
+    return words(address)[6]
 
 
 def multiplied(*slots: int) -> None:
@@ -131,7 +131,7 @@ def test_products_teach_the_pool_and_outlive_their_weights() -> None:
 
 
 def test_a_weight_keeps_its_slot_until_all_were_given() -> None:
-    what = next(NOWHERE), PIECE, next(NOWHERE), next(NOWHERE), PIECE
+    what = [(next(NOWHERE), PIECE) for _ in range(3)]
     first = ahead.slot_of(*what)
     assert ahead.slot_of(*what) == first
     others = {slot(1) for _ in range(len(ahead._table) - 1)}

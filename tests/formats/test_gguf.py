@@ -13,6 +13,8 @@ from gguf.constants import GGML_QUANT_SIZES
 
 import quantcore as qc
 from quantcore.formats import gguf_blocks
+from quantcore.testing import oracle
+from quantcore_backends.cpu_kernels import products
 
 READ = [kind.name for kind in gguf_blocks.TYPES.values() if kind.scheme is not None]
 KNOWN = [kind.name for kind in gguf_blocks.TYPES.values() if kind.scheme is None and kind.dtype is None]
@@ -75,6 +77,23 @@ def test_large_scales_keep_their_biases(tmp_path: Path, kind: str) -> None:
 def test_half_precision_biases_where_they_fit(tmp_path: Path) -> None:
     loaded = qc.load(write(tmp_path / "a.gguf", {"w": (blocks_of("Q4_0"), "Q4_0")}))["w"]
     assert loaded.scales.dtype == loaded.biases.dtype == np.float16
+
+
+@pytest.mark.parametrize(("kind", "zero_point"), [("Q4_0", 8), ("Q8_0", 128), ("Q4_1", 0)])
+def test_products_know_the_zero_point_of_symmetric_types(tmp_path: Path, kind: str, zero_point: int) -> None:
+    dense = np.random.default_rng(0).standard_normal((64, 256)).astype(np.float32)
+    path = write(tmp_path / "a.gguf", {"w.weight": (quants.quantize(dense, GGMLQuantizationType[kind]), kind)})
+    read = qc.load(path)
+    qc.save({"w.weight": read["w.weight"].astype("float16")}, tmp_path / "saved")
+    x = np.random.default_rng(1).standard_normal((1, 256)).astype(np.float32)
+    for checkpoint in (read, qc.load(tmp_path / "saved")):
+        qw = checkpoint["w.weight"]
+        assert [leaf.flags.writeable for leaf in (qw.scales, qw.biases)] == [False, False]
+        result = qc.dot(x, qw)
+        assert products._weights[id(qw)][1].zero_point == zero_point
+        exact = oracle.exact_weight(qw.packed, qw.scales, qw.biases, qw.scheme, 256)
+        truth = oracle.product(x, exact)
+        assert oracle.nmse(result - truth, truth, x, exact) <= 1e-6  # half precision's in the second
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q6_K"])

@@ -94,7 +94,7 @@ def _set_job(address, block, product, row, count, places, plan):
     job.sums, job.copy = address + places[2], address + places[3]
     job.packed = load64(block + _PACKED) + weight * rows * packed_row
     job.scales = load64(block + _SCALES) + weight * rows * scale_row
-    job.biases = load64(block + _BIASES) + weight * rows * scale_row
+    job.biases, job.sum_factor = load64(block + _BIASES) + weight * rows * scale_row, 1
     for i in range(len(plan)):
         store64(address + _PLAN_AT + 8 * i, plan[i])
 
