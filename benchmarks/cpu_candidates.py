@@ -1,7 +1,8 @@
 """Who multiplies x by a packed weight on a CPU: quantcore and its peers, each with the weight in the form it wants.
 
-All hold the same weight, ``(code - 2**(bits - 1)) * scale``: that is what MatMulNBits computes without zero points.
-Only the int8 kernel of torch, which has one scale a row, holds another one, and is measured against that.
+All hold the same weight, ``(code - z) * scale``, where the zero point z is ``2**(bits - 1)``, as MatMulNBits has it
+without being given any, or each group's own. Only the int8 kernel of torch, which has one scale a row, holds another
+one, and is measured against that.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 import quantcore
-from quantcore.memory import aligned_empty
+from quantcore.memory import aligned_empty, freeze
 from quantcore.testing import oracle
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -56,9 +57,9 @@ class Candidate(NamedTuple):
 
 
 class Weight:
-    """A random weight: any codes, positive scales, biases that make the middle code zero.
+    """A random weight: any codes, positive scales; the middle code stands for zero, or of each group a code of its own.
 
-    Its arrays lie as those that quantize() makes do.
+    Its arrays lie as those that quantize() makes do, and are read-only as those of a checkpoint are.
 
     Attributes
     ----------
@@ -67,14 +68,22 @@ class Weight:
     tensor : quantcore.QuantizedTensor
     packed, scales, biases : array
         What `tensor` holds.
+    zero_points : array or None
+        Shape (N, K / group), uint8, where each group has its own.
     """
 
-    def __init__(self, shape: tuple[int, int], bits: int, group: int, rng: np.random.Generator) -> None:
+    def __init__(
+        self, shape: tuple[int, int], bits: int, group: int, rng: np.random.Generator, *, own_zeros: bool = False
+    ) -> None:
         self.shape, self.bits, self.group = shape, bits, group
         rows, columns = shape
         self.packed = _aligned(rng.integers(0, 1 << 32, (rows, columns * bits // 32), np.uint32))
         self.scales = _aligned(rng.uniform(0.005, 0.015, (rows, columns // group)).astype(np.float32))
-        self.biases = _aligned(-np.float32(1 << (bits - 1)) * self.scales)
+        self.zero_points = rng.integers(0, 1 << bits, self.scales.shape, np.uint8) if own_zeros else None
+        zeros = np.float32(1 << (bits - 1)) if self.zero_points is None else self.zero_points.astype(np.float32)
+        self.biases = _aligned(-zeros * self.scales)
+        freeze(self.scales)
+        freeze(self.biases)
         scheme = quantcore.Scheme(bits=bits, group_size=group)
         self.tensor = quantcore.quantized_tensor(self.packed, self.scales, self.biases, shape, scheme)
         self._dense: Array | None = None
@@ -146,20 +155,24 @@ def candidates(weight: Weight, threads: int) -> tuple[list[Candidate], dict[str,
 
 def _quantcore(weight: Weight, threads: int) -> list[Candidate]:
     from quantcore_backends.cpu_kernels import integer
+    from quantcore_backends.cpu_kernels.zero_points import common_zero_point
 
     scheme = weight.tensor.scheme
     wide = SHORT_DOT if integer.serves(scheme) else FMA
     arithmetic = {"default": wide, "fast": wide, "highest": FMA}
     if wide == SHORT_DOT and integer.has_byte_dot(scheme):
         arithmetic["fast"] = BYTE_DOT
-    size = weight.packed.nbytes + weight.scales.nbytes + weight.biases.nbytes
+    size = weight.packed.nbytes + weight.scales.nbytes
+    read = dict.fromkeys(arithmetic, size + weight.biases.nbytes)
+    if integer.serves(scheme) and common_zero_point(weight.scales, weight.biases):
+        read |= {"default": size, "fast": size}
 
     def bind(precision: str) -> Callable[[Array], Callable[[], Any]]:
         return lambda x: lambda: quantcore.dot(x, weight.tensor, precision=precision)
 
     names = {"default": DEFAULT, "fast": FAST, "highest": HIGHEST}
     return [
-        Candidate(name, arithmetic[precision], size, bind(precision), np.asarray, weight.exact)
+        Candidate(name, arithmetic[precision], read[precision], bind(precision), np.asarray, weight.exact)
         for precision, name in names.items()
     ]
 
@@ -206,10 +219,13 @@ def _torch_int4(weight: Weight, threads: int) -> list[Candidate]:
     codes = torch.from_numpy(weight.codes().astype(np.int32))
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     scales = torch.from_numpy(weight.scales.T.copy())
+    zeros = torch.zeros_like(scales)
+    if weight.zero_points is not None:
+        zeros = (8 - torch.from_numpy(weight.zero_points.T.astype(np.float32))) * scales
     multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
 
     def made(name: str, dtype: Any) -> Candidate:
-        both = torch.stack([scales, torch.zeros_like(scales)], -1).to(dtype).contiguous()
+        both = torch.stack([scales, zeros], -1).to(dtype).contiguous()
 
         def bind(x: Array) -> Callable[[], Any]:
             its = torch.from_numpy(x).to(dtype)
@@ -225,6 +241,8 @@ def _torch_int8(weight: Weight, threads: int) -> list[Candidate]:
     torch = _torch(threads)
     if weight.bits != 8:
         raise NotImplementedError(f"8 bits only, not {weight.bits}")
+    if weight.zero_points is not None:
+        raise NotImplementedError("it has no zero points")
     signed = (weight.codes() ^ 0x80).view(np.int8)
     codes = torch.from_numpy(signed)
     scales = weight.scales[:, 0].copy()
@@ -278,6 +296,8 @@ def _onnxruntime(weight: Weight, threads: int, name: str, arithmetic: str, level
         "B": octets.reshape(rows, columns // weight.group, weight.group * weight.bits // 8),
         "scales": weight.scales,
     }
+    if weight.zero_points is not None:
+        initial["zero_points"] = _packed_rows(weight.zero_points, weight.bits)
     node = helper.make_node(
         "MatMulNBits",
         ["A", *initial],
@@ -314,8 +334,16 @@ def _onnxruntime(weight: Weight, threads: int, name: str, arithmetic: str, level
 
         return compute
 
-    size = weight.packed.nbytes + weight.scales.nbytes
+    size = sum(array.nbytes for array in initial.values())
     return [Candidate(name, arithmetic, size, bind, lambda r: r.copy_outputs_to_cpu()[0], weight.exact)]
+
+
+def _packed_rows(values: Array, bits: int) -> Array:
+    """Rows of unsigned integers of 2, 4 or 8 bits as bytes, the first in the lowest bits."""
+    each = 8 // bits
+    padded = np.pad(values, ((0, 0), (0, -values.shape[1] % each)))
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    return np.bitwise_or.reduce(padded.reshape(len(values), -1, each) << shifts, axis=-1)
 
 
 def versions() -> dict[str, str]:

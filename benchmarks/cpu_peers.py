@@ -125,8 +125,8 @@ def products(cases: list[tuple[tuple[int, int], int, int]], limits: Any, results
 
     rng = np.random.default_rng(0)
     for shape, bits, group in cases:
-        size = f"{shape[0]}x{shape[1]}, int{bits} g{group}"
-        weight = Weight(shape, bits, group, rng)
+        size = f"{shape[0]}x{shape[1]}, int{bits} g{group}" + (", zero points" if options.zero_points else "")
+        weight = Weight(shape, bits, group, rng, own_zeros=options.zero_points)
         found, missing = candidates(weight, options.threads)
         for name, why in missing.items():
             print(f"{name} is missing for {size}: {why}")
@@ -247,6 +247,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--bits", type=int, nargs="+", choices=BITS)
     parser.add_argument("--groups", type=int, nargs="+", choices=GROUPS)
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, metavar="M", help="rows of x")
+    parser.add_argument("--zero-points", action="store_true", help="each group has its own, not all the middle code")
     parser.add_argument("--repeats", type=int, default=7, help="measurements of each candidate (default 7)")
     parser.add_argument("--seconds", type=float, default=0.05, help="length of one measurement (default 0.05)")
     parser.add_argument("--threads", type=int, help="threads of every candidate (default: all CPUs allowed)")
@@ -271,6 +272,7 @@ def main() -> None:
         "threads": options.threads,
         "versions": versions(),
         "settings": {"repeats": options.repeats, "seconds": options.seconds, "limit_ms": options.limit_ms},
+        "zero_points": "each group's own" if options.zero_points else "the middle code",
         "limits": None,  # see cpu_limits.py
         "missing": {},
         "products": [],
