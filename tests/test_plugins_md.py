@@ -99,6 +99,7 @@ print(qc.prepack(qw, backend="float64").layout)
     assert [line.removeprefix("    ") for line in shown[1].splitlines()] == ours
 
 
+@pytest.mark.slow  # the whole kit runs on tests/third_party_backend too
 def test_example_passes_the_kit(installed: Path) -> None:
     name = tomllib.loads(files()["pyproject.toml"])["project"]["entry-points"]["quantcore.backends"]
     command = "pytest -p quantcore.testing.plugin --pyargs quantcore.testing.conformance --quantcore-backend"

@@ -300,16 +300,20 @@ for bits, group in SCHEMES:
 print(vectors.LANES)
 """
 
+_AVX2 = "+avx2,+fma,+f16c,+avx"
+_OTHERS = [(1, 32), (2, 64), (3, 16), (5, 128), (8, 32)]
+
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="names x86's features")
 @pytest.mark.parametrize(
-    "features",
-    ["", pytest.param("+sse4.2,+ssse3,+popcnt", marks=pytest.mark.slow), "+avx2,+fma,+f16c,+avx"],
-)
-@pytest.mark.parametrize(
-    "schemes",
-    [[(3, 16), (4, 64)], pytest.param([(1, 32), (2, 64), (5, 128), (8, 32)], marks=pytest.mark.slow)],
-    ids=["3 and 4 bits", "1, 2, 5 and 8 bits"],
+    ("features", "schemes"),
+    [
+        ("", [(4, 64)]),
+        (_AVX2, [(3, 16), (4, 64)]),
+        pytest.param("", _OTHERS, marks=pytest.mark.slow),
+        pytest.param("+sse4.2,+ssse3,+popcnt", [(4, 64), *_OTHERS], marks=pytest.mark.slow),
+        pytest.param(_AVX2, _OTHERS, marks=pytest.mark.slow),
+    ],
 )
 def test_lesser_targets_keep_the_bounds(features: str, schemes: Any, tmp_path: Any) -> None:
     environment = {
@@ -327,7 +331,7 @@ _WARM = """
 import numpy as np, quantcore as qc
 qw = qc.quantize(np.random.default_rng(0).standard_normal((40, 256)).astype(np.float32))
 for rows in (1, 6):
-    for precision in ("highest", "default", "fast"):
+    for precision in ("highest", "default"):
         qc.dot(np.ones((rows, 256), np.float32), qw, precision=precision)
 """
 
