@@ -168,7 +168,7 @@ def test_rows_are_covered_once_whatever_the_count(monkeypatch: pytest.MonkeyPatc
             assert (seen == 1).all()
 
 
-@pytest.mark.parametrize("features", ["generic", "x86-64-v3"])
+@pytest.mark.parametrize("features", ["generic", pytest.param("x86-64-v3", marks=pytest.mark.slow)])
 def test_other_targets_give_the_same(features: str, tmp_path: Any) -> None:
     """Code for a lesser processor: the vectors are split, the results are the same."""
     script = """

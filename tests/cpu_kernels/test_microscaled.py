@@ -94,7 +94,7 @@ print("the same")
 """
 
 
-@pytest.mark.parametrize("cpu", ["generic", "x86-64-v3"])
+@pytest.mark.parametrize("cpu", ["generic", pytest.param("x86-64-v3", marks=pytest.mark.slow)])
 def test_other_targets_give_the_same(cpu: str, tmp_path: Path) -> None:
     environment = {**os.environ, "NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
     _run(_SAME.format(without_numba=False, modes=MODES), environment)

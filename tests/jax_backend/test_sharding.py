@@ -205,8 +205,10 @@ def test_eight_devices_of_one_host() -> None:
 
 @pytest.mark.parametrize(
     ("mesh", "schemes"),
-    [("context", ["affine-int4-g64", "affine-int8-row"]), ("operands", ["affine-int4-g64"])],
-    ids=["context", "operands"],
+    [
+        pytest.param("context", ["affine-int4-g64", "affine-int8-row"], id="context"),
+        pytest.param("operands", ["affine-int4-g64"], id="operands", marks=pytest.mark.slow),
+    ],
 )
 def test_eight_devices_with_explicit_axes(mesh: str, schemes: list[str]) -> None:
     """The mesh is that of the operands, and in force or not."""
