@@ -77,7 +77,10 @@ def is_frozen(array: np.ndarray[Any, Any]) -> bool:
     bool
     """
     base: Any = array
-    while isinstance(base, np.ndarray):
+    while isinstance(base, np.ndarray | memoryview):
+        if isinstance(base, memoryview):
+            base = base.obj  # a read-only view may be of what can be written to
+            continue
         if base.flags.writeable:
             return False
         base = base.base

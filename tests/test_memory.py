@@ -175,6 +175,9 @@ def test_frozen_is_what_nobody_can_write_to(tmp_path: Path) -> None:
     of_bytearray.flags.writeable = False
     assert not is_frozen(of_bytearray)
     assert is_frozen(np.frombuffer(bytes(memory), np.uint8))
+    assert not is_frozen(np.frombuffer(memoryview(memory).toreadonly(), np.uint8))
+    assert not is_frozen(np.frombuffer(memoryview(np.zeros(4, np.uint8)).toreadonly(), np.uint8))
+    assert is_frozen(np.frombuffer(memoryview(bytes(memory))[2:], np.uint8))
 
     path = tmp_path / "mapped"
     path.write_bytes(memory)

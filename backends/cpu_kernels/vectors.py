@@ -60,7 +60,6 @@ LANES: Final = 16 if target_has("avx512f") and target_has("avx512bw") else 8
 VECTOR_BYTES: Final = 4 * LANES
 """Bytes of a vector: with AVX-512, those of a cache line."""
 
-
 FLOAT, HALF = ir.FloatType(), ir.HalfType()
 BYTE, SHORT, DWORD, QWORD = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 FLOATS, DWORDS = ir.VectorType(FLOAT, LANES), ir.VectorType(DWORD, LANES)
