@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 _GUARD = """
@@ -29,3 +31,26 @@ def at_the_end(array):
 def guard() -> str:
     """The beginning of a script: ``at_the_end`` copies an array to where an unreadable page follows it."""
     return _GUARD
+
+
+_SPLIT = """
+import llvmlite.binding as llvm
+import numba
+numba.njit(lambda x: x)(0)  # from here on Numba knows the host
+host = llvm.get_host_cpu_features
+llvm.get_host_cpu_features = lambda: {**dict(host()), **FEATURES}
+"""
+
+
+@pytest.fixture
+def split() -> Callable[..., str]:
+    """The beginning of a script in which vectors have 16 lanes: our code is told of AVX-512, LLVM splits them.
+
+    The function takes features that are there besides.
+    """
+
+    def script(*more: str) -> str:
+        there = dict.fromkeys(("avx512f", "avx512bw", "avx512vl", *more), True)
+        return _SPLIT.replace("FEATURES", repr({"avx512vnni": False, "avx512vbmi": False, **there}))
+
+    return script

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_dtypes
@@ -325,6 +325,19 @@ def test_lesser_targets_keep_the_bounds(features: str, schemes: Any, tmp_path: A
     code = _OTHER.replace("SCHEMES", repr(schemes))
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == "8\n", done.stderr[-2000:]
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="names x86's features")
+@pytest.mark.parametrize(
+    "schemes", [[(4, 64)], pytest.param([(2, 64), (3, 32), (4, None), (8, 32)], marks=pytest.mark.slow)], ids=str
+)
+def test_vectors_of_16_lanes_without_a_dot_of_bytes_keep_the_bounds(
+    schemes: Any, split: Callable[..., str], tmp_path: Any
+) -> None:
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    code = split() + _OTHER.replace("SCHEMES", repr(schemes))
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "16\n", done.stderr[-2000:]
 
 
 _WARM = """
