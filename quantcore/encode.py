@@ -3,7 +3,7 @@
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any, Final, Literal, NoReturn
+from typing import Any, Final, Literal
 
 import numpy as np
 
@@ -92,7 +92,7 @@ def quantize(
     route = dispatch.quantize_route(dense, chosen, backend)
     marked = route.marks_nonfinite and chosen.has_biases
     if not (traced or nonfinite == "clip" or marked):
-        _check_finite(dense, "the weight", chosen, xp, flip)
+        _check_elements(dense, chosen, xp, flip)
     if chosen.mode == "nvfp4" and not traced:
         _check_nvfp4_range(dense, xp, flip)
     packed, scales, biases = route.function(dense, chosen)
@@ -100,9 +100,9 @@ def quantize(
         arrays.evaluate(*(leaf for leaf in (packed, scales, biases) if leaf is not None))
     if chosen.has_biases and not traced:
         if not _are_finite(scales, xp):
-            _check_finite(dense, "the weight", chosen, xp, flip)
-        _check_finite(scales, "the scale", chosen, xp, flip)
-        _check_finite(biases, "the bias", chosen, xp, flip)
+            _check_elements(dense, chosen, xp, flip)
+        _check_per_group(scales, "the scale", chosen, xp)
+        _check_per_group(biases, "the bias", chosen, xp)
     return QuantizedTensor(packed, scales, biases, chosen, in_features, dtype=dtype_name(dense.dtype), transposed=flip)
 
 
@@ -243,19 +243,30 @@ def _are_finite(values: Any, xp: Any) -> bool:
     return math.prod(values.shape) == 0 or bool(xp.all(xp.isfinite(values)))
 
 
-def _check_finite(values: Any, what: str, scheme: Scheme, xp: Any, flip: bool) -> None:
-    if _are_finite(values, xp):
-        return
-    finite = xp.isfinite(values)
-    first = int(xp.argmin(xp.astype(xp.reshape(finite, (-1,)), native_dtype("uint8", values))))
-    position, value = _found(values, first)
-    if what == "the weight":
-        _raise_weight(_as_given(position, flip), value, scheme)
-    raise ValueError(
-        f"quantize: {what} of row {position[:-1]}, group {position[-1]} is {value} in "
-        f"{dtype_name(values.dtype)} ({scheme}): the group spans more than that dtype can hold; cast the weight to "
-        "float32 or scale it down"
-    )
+def _check_elements(w: Any, scheme: Scheme, xp: Any, flip: bool) -> None:
+    """Raise unless all elements of a weight are finite; `flip` if it was given transposed."""
+    if not _are_finite(w, xp):
+        position, value = _first_not_finite(w, xp)
+        raise ValueError(
+            f"quantize: the weight is {value} at {_as_given(position, flip)} ({scheme}); pass nonfinite='clip' to "
+            "replace NaN by 0 and ±inf by the group's largest finite magnitude"
+        )
+
+
+def _check_per_group(values: Any, what: str, scheme: Scheme, xp: Any) -> None:
+    """Raise unless what each group has one of is finite."""
+    if not _are_finite(values, xp):
+        position, value = _first_not_finite(values, xp)
+        raise ValueError(
+            f"quantize: {what} of row {position[:-1]}, group {position[-1]} is {value} in "
+            f"{dtype_name(values.dtype)} ({scheme}): the group spans more than that dtype can hold; cast the weight to "
+            "float32 or scale it down"
+        )
+
+
+def _first_not_finite(values: Any, xp: Any) -> tuple[tuple[int, ...], float]:
+    marks = xp.astype(xp.reshape(xp.isfinite(values), (-1,)), native_dtype("uint8", values))
+    return _found(values, int(xp.argmin(marks)))
 
 
 def _check_nvfp4_range(w: Any, xp: Any, flip: bool) -> None:
@@ -281,13 +292,6 @@ def _found(values: Any, flat: int) -> tuple[tuple[int, ...], float]:
 def _as_given(position: tuple[int, ...], flip: bool) -> tuple[int, ...]:
     """The position in the weight that the user gave, whose last two axes may have been swapped."""
     return (*position[:-2], *position[:-3:-1]) if flip else position
-
-
-def _raise_weight(position: tuple[int, ...], value: float, scheme: Scheme) -> NoReturn:
-    raise ValueError(
-        f"quantize: the weight is {value} at {position} ({scheme}); pass nonfinite='clip' to replace NaN by 0 "
-        "and ±inf by the group's largest finite magnitude"
-    )
 
 
 def _clipped(w: Any, scheme: Scheme, xp: Any) -> Any:

@@ -205,8 +205,8 @@ class Backend:
         Parameters
         ----------
         w : array, shape (..., N, K), float16, bfloat16 or float32
-            All elements are finite, unless w is traced. K ≥ 1 need not be whole groups: then the last group is short,
-            and encoded as if its last element were repeated.
+            All elements are finite, unless w is traced or the backend has `marks_nonfinite`. K ≥ 1 need not be whole
+            groups: then the last group is short, and encoded as if its last element were repeated.
         scheme : Scheme
 
         Returns

@@ -135,7 +135,7 @@ _set_affinity = _library("sched_setaffinity", 3, _LINUX)
 
 @njit(**CACHED)
 def prepare(pool):
-    """Make `POOLWORDS` zeroed words a pool."""
+    """Make `POOL_BYTES` zeroed bytes a pool."""
     _mutex_init(pool + _MUTEX, 0)
     _condition_init(pool + _CONDITION, 0)
 

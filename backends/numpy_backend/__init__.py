@@ -47,7 +47,7 @@ class NumPyBackend:
 
     @hookimpl
     def dot(self, x: Array, qw: QuantizedTensor, dtype: str, precision: str) -> Array:
-        """Product, a tile of the weight at a time."""
+        """See :func:`quantcore_backends.cpu_kernels.dot`."""
         return cpu_kernels.dot(x, qw, numpy_dtype(dtype), precision)
 
     @hookimpl

@@ -2,7 +2,7 @@
 
 The layout is that of https://github.com/huggingface/safetensors: eight bytes with the header's length, the header
 as JSON, the tensors' bytes without gap or overlap to the end of the file. Parsing it is a page of code that has to
-name the tensor and the byte of whatever is wrong, so it is done here; writing is left to the library.
+name the tensor and the byte of whatever is wrong, so it is done here.
 """
 
 import math

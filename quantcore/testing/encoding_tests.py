@@ -88,7 +88,7 @@ def _check_within_a_step(got: list[Array], w: Array, scheme: Scheme, what: str) 
 
 
 class QuantizeTests:
-    """Encoding against FORMATS §1."""
+    """Encoding against the rules of plugins.md."""
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -176,7 +176,7 @@ def _dequantized(qw: qc.QuantizedTensor, backend: str) -> Any:
 
 
 class DequantizeTests:
-    """Decoding against FORMATS §3."""
+    """Decoding against the rules of plugins.md."""
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("scheme", SCHEMES, ids=str)

@@ -1,4 +1,4 @@
-"""What the numbers should be: FORMATS' rules in plain NumPy, sharing no code with any backend or with the core.
+"""What the numbers should be: plugins.md's rules in plain NumPy, sharing no code with any backend or with the core.
 
 Everything here is written for being checked by eye against the rules, not for speed. Decoding goes through
 ``np.unpackbits``, encoding one group at a time, products in float64.
@@ -96,7 +96,7 @@ def pack_codes(codes: Array, bits: int) -> Array:
 
 
 def encode_group(values: Array, bits: int) -> tuple[Array, np.float32, np.float32]:
-    """Codes, scale and bias of one group, by FORMATS §1: rules 1 to 4, all in float32.
+    """Codes, scale and bias of one group, by plugins.md's rules 1 to 4, all in float32.
 
     Parameters
     ----------
