@@ -13,7 +13,17 @@ from quantcore import Scheme
 from quantcore.memory import aligned_empty
 from quantcore_backends.cpu_kernels.threads import over_rows
 
-__all__ = ["FEW_ROWS", "FLUSH", "KINDS", "available", "decode_block", "few_rows", "rows_in_memory"]
+__all__ = [
+    "FEW_ROWS",
+    "FLUSH",
+    "KINDS",
+    "OVERREAD",
+    "ROW_SPAN",
+    "available",
+    "decode_block",
+    "few_rows",
+    "rows_in_memory",
+]
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -22,11 +32,11 @@ FEW_ROWS: Final = 12
 
 KINDS: Final = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
 """Numbers of the dtypes of scales, and of weights, as kernels take them."""
-_ROW_SPAN: Final = 256
+ROW_SPAN: Final = 256
 """Columns of a partial sum where the whole row is one group."""
 FLUSH: Final = 4096
 """Columns after which partial sums go into float64."""
-_OVERREAD: Final = 16
+OVERREAD: Final = 16
 """Bytes that a vector of 3-, 5- or 6-bit codes may read beyond them."""
 
 
@@ -116,7 +126,7 @@ class _Operands:
             self.scales, self.biases = np.ascontiguousarray(scales, kind), np.ascontiguousarray(biases, kind)
         self.kind = KINDS[kind]
         self.scheme = scheme
-        self.span = scheme.group_size or _ROW_SPAN
+        self.span = scheme.group_size or ROW_SPAN
         step = kind.itemsize if scheme.group_size else 0
         self.strides = (self.packed.strides[0], self.scales.strides[0], step)
 
@@ -129,7 +139,7 @@ class _Operands:
     def padded(self, rows: slice) -> "_Operands":
         """Some rows, copied to where there is memory behind each that a vector may read."""
         packed = self.packed[rows]
-        room = np.zeros((packed.shape[0], packed.shape[1] + _OVERREAD // 4), np.uint32)
+        room = np.zeros((packed.shape[0], packed.shape[1] + OVERREAD // 4), np.uint32)
         room[:, : packed.shape[1]] = packed
         return _Operands(room, self.scales[rows], self.biases[rows], self.scheme)
 
@@ -138,7 +148,7 @@ def _over_rows(operands: _Operands, out: Array, run: Callable[[_Operands, Array,
     """Run a kernel over all rows; over the last ones from a padded copy, where a vector reads past its codes."""
     rows, words = operands.packed.shape
     reads_past = 32 % operands.scheme.bits != 0
-    safe = max(0, rows - (-(-_OVERREAD // (4 * words)) if reads_past else 0))
+    safe = max(0, rows - (-(-OVERREAD // (4 * words)) if reads_past else 0))
     if safe:
         over_rows(lambda first, last: run(operands, out[first:last], first, last), safe, work)
     if safe < rows:

@@ -14,11 +14,11 @@ from quantcore_backends.cpu_kernels.scratch import scratch
 from quantcore_backends.cpu_kernels.threads import native_pool
 
 __all__ = [
-    "FEW_ROWS",
     "FLOATS",
     "IN_UNITS",
     "MOST",
     "THREADED",
+    "UNTILED_ROWS",
     "WIDTHS",
     "Geometry",
     "RowKernels",
@@ -39,7 +39,7 @@ Operand: TypeAlias = Array | int
 
 _FLOAT32: Final = np.dtype(np.float32)
 _UINT32: Final = np.dtype(np.uint32)
-FEW_ROWS: Final = 4
+UNTILED_ROWS: Final = 4
 """Rows of x up to which it doesn't pay to lay the weight in tiles."""
 WIDTHS: Final = {"highest": 24, "default": 16, "fast": 8}
 """Bits of the integers that each precision asks for."""
@@ -297,7 +297,7 @@ class _Plan:
         scheme, columns, outputs, words, groups, packed_row, scale_row, kind = geometry
         bits, group, lanes = scheme.bits, scheme.group_size or 0, modules.lanes
         run = modules.activations.run_length(scheme.group_size, width)
-        self.height, together = 0, layout.together(rows, FEW_ROWS)
+        self.height, together = 0, layout.together(rows, UNTILED_ROWS)
         if width != 24 and not together:
             rounder, kernel, self.height = tile_kernels(scheme, width, rows)
             sizes = layout.of_tiles(rows, columns, groups, bits, run, lanes, width, self.height)
@@ -354,7 +354,7 @@ def multiply(x: Operand, rows: int, weight: Weight, out: Operand, width: int) ->
     weight : Weight
         Of shape (N, K).
     width : int
-        16 or 8; 24 for few rows of x, `FLOATS` for more than `FEW_ROWS`.
+        16 or 8; 24 for few rows of x, `FLOATS` for more than `UNTILED_ROWS`.
     """
     if rows <= MOST:
         return weight.call(width, rows)(x, out)

@@ -102,7 +102,7 @@ def multiply(x: Array | int, rows: int, weight: integer.Weight, out: Array | int
     weight : Weight, shape (N, K)
     precision : {"highest", "default", "fast"}
     """
-    for width in weight.widths[precision][rows > integer.FEW_ROWS]:
+    for width in weight.widths[precision][rows > integer.UNTILED_ROWS]:
         if integer.multiply(x, rows, weight, out, width):
             return True
     return False
@@ -256,7 +256,7 @@ def _few(x: Array) -> bool:
 def _against_groups(x: Array, leaves: Leaves, plan: _Plan, out: Array) -> None:
     """Out = x @ w.T, contracted along the grouped axis."""
     scheme, in_features = plan.qw.scheme, plan.qw.in_features
-    width = column_step(scheme, in_features)
+    width = column_step(in_features)
     for rows in _tiles(leaves[0].shape[0], width):
         total: Array | None = None
         for start in range(0, in_features, width):
@@ -270,7 +270,7 @@ def _against_groups(x: Array, leaves: Leaves, plan: _Plan, out: Array) -> None:
 def _against_rows(x: Array, leaves: Leaves, plan: _Plan, out: Array) -> None:
     """Out = x @ w, contracted along the rows of w."""
     scheme, in_features = plan.qw.scheme, plan.qw.in_features
-    width = min(column_step(scheme, in_features), _SIDE)
+    width = min(column_step(in_features), _SIDE)
     for start in range(0, in_features, width):
         stop = min(start + width, in_features)
         total = np.zeros((x.shape[0], stop - start), x.dtype)

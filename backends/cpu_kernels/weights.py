@@ -109,7 +109,7 @@ def decode(leaves: Leaves, scheme: Scheme, in_features: int, dtype: np.dtype[Any
     if dtype == FLOAT32 and compiled.available():
         return decode_block(flat, scheme, 0, in_features).reshape(*leading, in_features)
     dense = aligned_empty((flat[0].shape[0], in_features), dtype)
-    width = column_step(scheme, in_features)
+    width = column_step(in_features)
     for rows in row_tiles(flat[0].shape[0], min(width, in_features)):
         for start in range(0, in_features, width):
             stop = min(start + width, in_features)
@@ -143,8 +143,8 @@ def decode_block(leaves: Leaves, scheme: Scheme, start: int, stop: int, dtype: n
     return dense
 
 
-def column_step(scheme: Scheme, in_features: int) -> int:
-    """Columns of a tile: whole words and whole groups, or the row where it is shorter."""
+def column_step(in_features: int) -> int:
+    """Columns of a tile: whole words and whole groups, of the row or of a part of it."""
     return min(-(-in_features // 256) * 256, 8192)
 
 

@@ -8,7 +8,7 @@ import quantcore
 from quantcore import QuantizedTensor, Scheme
 from quantcore_backends.cpu_kernels import integer
 from quantcore_backends.jax_backend import explicit
-from quantcore_backends.jax_backend.ffi import targets
+from quantcore_backends.jax_backend.ffi import block, targets
 from quantcore_backends.jax_backend.sharding import shard
 
 __all__ = ["layer_dot", "load", "shard"]
@@ -81,7 +81,7 @@ def load(scheme: Scheme | str, dtype: Any = "float32") -> None:
     if not scheme.has_biases:
         raise ValueError(f"load: {scheme} has no compiled kernels in JAX; it is computed in array-API code")
     kind = targets.KINDS[jnp.dtype(dtype).name]
-    for operation in targets.OPERATIONS:
+    for operation in block.OPERATIONS:
         targets.load(operation, scheme.bits, kind)
     if integer.serves(scheme):
         for width in integer.WIDTHS.values():

@@ -74,7 +74,7 @@ def described(scheme: Scheme, dtype: np.dtype[Any], rows: int, *, along_rows: bo
         return f"{XLA_TILES}, more slowly: {reason}"
     kernel = _kernel(precision, _sharing(scheme, along_rows), rows)
     if kernel == "rounded":
-        return _WIDTHS[integer.widths(scheme, integer.WIDTHS[precision], tiled=rows > integer.FEW_ROWS)]
+        return _WIDTHS[integer.widths(scheme, integer.WIDTHS[precision], tiled=rows > integer.UNTILED_ROWS)]
     if kernel == "few_rows":
         return _FLOATS
     return (

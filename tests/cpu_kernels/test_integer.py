@@ -44,7 +44,7 @@ def error(result: Array, x: Array, qw: qc.QuantizedTensor) -> float:
 
 
 def widths(scheme: Scheme, rows_of_x: int) -> tuple[int, ...]:
-    few = rows_of_x <= integer.FEW_ROWS
+    few = rows_of_x <= integer.UNTILED_ROWS
     served = {integer.FLOATS: not few, 24: few and integer.has_wide(scheme), 16: True, 8: integer.has_byte_dot(scheme)}
     return tuple(width for width, serves in served.items() if serves)
 
@@ -107,7 +107,7 @@ def test_terms_that_nearly_cancel_stay_exact(bits: int, group: int) -> None:
     changing = np.where(np.arange(4096) < 2048, constant, -constant)
     several = np.concatenate([constant, changing]) * np.float32(1e10)
     for x in (constant, changing, several, np.repeat(several, 3, axis=0)):
-        width = integer.FLOATS if len(x) > integer.FEW_ROWS else 24
+        width = integer.FLOATS if len(x) > integer.UNTILED_ROWS else 24
         if width in widths(scheme, len(x)):
             result = product(x, operand(qw), width)
             assert result is not None
@@ -119,7 +119,7 @@ def test_highest_takes_integers_for_few_rows_and_tiles_of_floats_beyond(monkeypa
     taken = []
     real = integer.multiply
     monkeypatch.setattr(integer, "multiply", lambda *args: taken.append(args[-1]) or real(*args))
-    for rows_of_x in (1, integer.FEW_ROWS, integer.FEW_ROWS + 1, 33):
+    for rows_of_x in (1, integer.UNTILED_ROWS, integer.UNTILED_ROWS + 1, 33):
         x = np.random.default_rng(0).standard_normal((rows_of_x, 264)).astype(np.float32)
         assert error(qc.dot(x, qw, precision="highest"), x, qw) <= BOUND[24]
     assert taken == [24, 24][: 2 * integer.has_wide(qw.scheme)] + [integer.FLOATS] * 2

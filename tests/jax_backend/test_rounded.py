@@ -16,6 +16,7 @@ from quantcore_backends.cpu_kernels import integer
 from quantcore_backends.jax_backend import routes
 from quantcore_backends.jax_backend.door import layer_dot
 from quantcore_backends.jax_backend.ffi import targets
+from quantcore_backends.jax_backend.ffi.block import SPEC
 
 BOUNDS = {"highest": 1e-12, "default": 1e-8, "fast": 1e-4}
 
@@ -91,7 +92,7 @@ def test_the_same_as_numpy(rows: int, precision: str) -> None:
     qw, exact = weight((600, 1024), "affine-int4-g64")
     x = inputs(rows, 1024)
     made = run(x, qw, precision)
-    if precision == "highest" and rows <= integer.FEW_ROWS and not integer.has_wide(qw.scheme):
+    if precision == "highest" and rows <= integer.UNTILED_ROWS and not integer.has_wide(qw.scheme):
         assert nmse(made, x.astype(float) @ exact.T) <= BOUNDS[precision]
     else:
         np.testing.assert_array_equal(made, qc.dot(x, qw, precision=precision))
@@ -227,8 +228,6 @@ def test_stacks_and_chosen_weights(precision: str, rows: int) -> None:
 
 
 def test_a_rounded_product_that_does_not_fit_gives_an_error_of_xlas() -> None:
-    from quantcore_backends.jax_backend.ffi.operands import SPEC  # imports Numba
-
     qw = weight((24, 128), "affine-int4-g64")[0].to("jax")
     leaves = tuple(leaf[None] for leaf in qw.flatten()[0])
     which = jnp.zeros(1, jnp.int32)

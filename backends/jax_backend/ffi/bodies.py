@@ -16,13 +16,12 @@ from quantcore_backends.cpu_kernels.disk_cache import CACHED, cfunc, njit
 from quantcore_backends.cpu_kernels.kernels import code_at
 from quantcore_backends.cpu_kernels.simd import float_at, scale_at
 from quantcore_backends.cpu_kernels.vectors import pointer_to
+from quantcore_backends.jax_backend.ffi.block import OPERATIONS, in_block
 from quantcore_backends.jax_backend.ffi.frame import free, load32, load64, malloc
 
 __all__ = [
     "CHUNK_COLUMNS",
     "CHUNK_ROWS",
-    "FIELDS",
-    "OPERATIONS",
     "body",
     "chosen_weight",
     "doubles",
@@ -30,44 +29,13 @@ __all__ = [
     "pointer",
 ]
 
-FIELDS: Final = (
-    "x",
-    "packed",
-    "scales",
-    "biases",
-    "which",
-    "out",
-    "sums",
-    "tail",
-    "count",
-    "rows",
-    "columns",
-    "stack",
-    "span",
-    "flush",
-    "row",
-    "scale_row",
-    "step",
-    "safe",
-    "chunks",
-    "start",
-    "height",
-)
-"""The integers in a block of operands, in order.
-
-`count` rows of x a product; `rows` and `columns` of each of the `stack` stored weights; rows of the last weight from
-`safe` on are read from `tail`, where there is memory behind them; `chunks` a product, of `height` rows or spans.
-"""
-
-OPERATIONS: Final = ("one_row", "few_rows", "along_rows", "decode")
-"""What the bodies do, in the order of their numbers."""
-
 CHUNK_ROWS: Final = 64
 CHUNK_COLUMNS: Final = 256
 
-(_X, _PACKED, _SCALES, _BIASES, _WHICH, _OUT, _SUMS, _TAIL, _COUNT, _ROWS, _COLUMNS) = range(0, 88, 8)
-(_STACK, _SPAN, _FLUSH, _ROW, _SCALE_ROW, _STEP, _SAFE, _CHUNKS, _START, _HEIGHT) = range(88, 168, 8)
-
+_X, _PACKED, _SCALES, _BIASES, _WHICH, _OUT = in_block("x", "packed", "scales", "biases", "which", "out")
+_SUMS, _TAIL, _COUNT, _ROWS, _COLUMNS, _STACK = in_block("sums", "tail", "count", "rows", "columns", "stack")
+_SPAN, _FLUSH, _ROW, _SCALE_ROW, _STEP = in_block("span", "flush", "row", "scale_row", "step")
+_SAFE, _CHUNKS, _START, _HEIGHT = in_block("safe", "chunks", "start", "height")
 
 _SIGNATURE: Final = types.int64(types.int64, types.int64)
 _OPTIONS: Final[dict[str, Any]] = {"cache": True, "boundscheck": False, "error_model": "numpy"}

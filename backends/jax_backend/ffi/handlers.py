@@ -4,6 +4,7 @@ from numba import types
 
 from quantcore_backends.cpu_kernels.disk_cache import cfunc
 from quantcore_backends.jax_backend.ffi import bodies, rounded
+from quantcore_backends.jax_backend.ffi.block import SPEC, in_block, in_spec
 from quantcore_backends.jax_backend.ffi.frame import (
     answers_query,
     argument,
@@ -25,7 +26,6 @@ from quantcore_backends.jax_backend.ffi.operands import (
     F32,
     INVALID,
     S32,
-    SPEC,
     no_memory,
     no_operands,
     no_shapes,
@@ -38,9 +38,9 @@ __all__ = ["decode", "product"]
 
 _SPEC_SIZE = len(SPEC)
 _CHUNK_ROWS, _CHUNK_COLUMNS = bodies.CHUNK_ROWS, bodies.CHUNK_COLUMNS
-_ALONG_ROWS, _WIDTH = 56, 64
-_X, _WHICH, _OUT, _COUNT, _ROWS, _COLUMNS, _STACK, _SPAN_OUT = 0, 32, 40, 64, 72, 80, 88, 96
-_CHUNKS, _START, _HEIGHT = 144, 152, 160
+_ALONG_ROWS, _WIDTH = in_spec("along_rows", "width")
+_X, _WHICH, _OUT, _COUNT, _ROWS, _COLUMNS = in_block("x", "which", "out", "count", "rows", "columns")
+_STACK, _SPAN, _CHUNKS, _START, _HEIGHT = in_block("stack", "span", "chunks", "start", "height")
 
 
 @cfunc(types.int64(types.int64), cache=True, boundscheck=False, error_model="numpy")
@@ -62,7 +62,7 @@ def product(frame):
         free(block)
         return error(frame, no_shapes(), INVALID)
     products, count = dimension(x, 0), dimension(x, 1)
-    rows, columns, span = load64(block + _ROWS), load64(block + _COLUMNS), load64(block + _SPAN_OUT)
+    rows, columns, span = load64(block + _ROWS), load64(block + _COLUMNS), load64(block + _SPAN)
     along, width = load64(spec + _ALONG_ROWS), load64(spec + _WIDTH)
     contracted = rows if along else columns
     fits = dimension(x, 2) == contracted and dimension(which, 0) == products and dimension(out, 0) == products

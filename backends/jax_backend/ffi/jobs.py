@@ -13,6 +13,7 @@ from quantcore_backends.cpu_kernels.job import CALL, JOB, PLAN, job_at
 from quantcore_backends.cpu_kernels.raw_memory import copy_bytes
 from quantcore_backends.cpu_kernels.vectors import LANES
 from quantcore_backends.jax_backend.ffi import parts
+from quantcore_backends.jax_backend.ffi.block import in_block, in_spec
 from quantcore_backends.jax_backend.ffi.bodies import chosen_weight
 from quantcore_backends.jax_backend.ffi.frame import (
     FIRST_ROUNDED,
@@ -28,16 +29,16 @@ from quantcore_backends.jax_backend.ffi.frame import (
 
 __all__ = ["has_kernel", "load", "multiply"]
 
-_KIND, _BITS, _GROUP = 8, 16, 32
-(_X, _PACKED, _SCALES, _BIASES, _WHICH, _OUT, _SUMS, _TAIL, _COUNT, _ROWS, _COLUMNS) = range(0, 88, 8)
-_ROW, _SCALE_ROW = 112, 120
+_KIND, _BITS, _GROUP = in_spec("kind", "bits", "group")
+_X, _PACKED, _SCALES, _BIASES, _OUT = in_block("x", "packed", "scales", "biases", "out")
+_COUNT, _ROWS, _COLUMNS, _ROW, _SCALE_ROW = in_block("count", "rows", "columns", "row", "scale_row")
 
 _JOB_BYTES: Final = JOB.itemsize
 _PLAN_AT: Final = 8 * len(CALL)
 _SAFE, _COPY_ROW = PLAN.index("safe"), PLAN.index("copy_row")
 _MOST_RUN: Final = run_length(None)
 _THREADED: Final = integer.THREADED
-_FEW_ROWS: Final = integer.FEW_ROWS
+_UNTILED_ROWS: Final = integer.UNTILED_ROWS
 _FLOATS: Final = integer.FLOATS
 
 _bound = njit(**CACHED)(layout.bound)
@@ -68,14 +69,14 @@ def _entry(bits, group, width, together):
 def _kernels(spec, rows_of_x, width):
     """Address of what the table has for so many rows of x."""
     bits, group = load64(spec + _BITS), load64(spec + _GROUP)
-    return table() + 8 * _entry(bits, group, width, _together(rows_of_x, _FEW_ROWS))
+    return table() + 8 * _entry(bits, group, width, _together(rows_of_x, _UNTILED_ROWS))
 
 
 @njit(**INLINED)
 def has_kernel(spec, block, width):
     """Whether there are kernels of that width for so many rows of x, and they are loaded."""
     count = load64(block + _COUNT)
-    tiled = _together(count, _FEW_ROWS) == 0
+    tiled = _together(count, _UNTILED_ROWS) == 0
     if width == (24 if tiled else _FLOATS):
         return False
     return load64(_kernels(spec, count, width)) != 0
@@ -120,7 +121,7 @@ def multiply(frame, spec, block, product, products, row, count, width, served):
     groups = scale_row // (4 if kind == 0 else 2)
     run = min(group, _MOST_RUN) if group and width != _FLOATS else _MOST_RUN
     height = 0
-    if width != 24 and _together(all_rows, _FEW_ROWS) == 0:
+    if width != 24 and _together(all_rows, _UNTILED_ROWS) == 0:
         height = number
         sizes = _of_tiles(count, columns, groups, bits, run, LANES, width, height)
     else:

@@ -10,12 +10,13 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from quantcore_backends.cpu_kernels import kernels
+from quantcore_backends.cpu_kernels import compiled, kernels
 from quantcore_backends.cpu_kernels.disk_cache import CACHED, INLINED, njit
 from quantcore_backends.cpu_kernels.raw_memory import clear_bytes, copy_bytes
 from quantcore_backends.jax_backend.ffi import bodies, pool
 from quantcore_backends.jax_backend.ffi.abi import CONSTANTS, OFFSETS
-from quantcore_backends.jax_backend.ffi.bodies import FIELDS, doubles, floats
+from quantcore_backends.jax_backend.ffi.block import FIELDS, OPERATIONS, in_block, in_spec
+from quantcore_backends.jax_backend.ffi.bodies import doubles, floats
 from quantcore_backends.jax_backend.ffi.frame import (
     FIRST_BODY,
     dimension,
@@ -35,7 +36,6 @@ __all__ = [
     "F32",
     "INVALID",
     "S32",
-    "SPEC",
     "bytes_at",
     "no_body",
     "no_memory",
@@ -46,27 +46,23 @@ __all__ = [
     "set_weight",
 ]
 
-SPEC: Final = ("body", "kind", "bits", "columns", "group", "span", "flush", "along_rows", "width")
-"""The integers of the attribute, in order.
-
-`group` is 0 where the row is one; `width` is that of the integers that x is rounded to at first, 0 for none.
-"""
-
 BLOCK: Final = 8 * len(FIELDS)
 """Bytes of a block of operands."""
 DATA: Final = OFFSETS["Buffer.data"]
 F32, S32 = CONSTANTS["DataType_F32"], CONSTANTS["DataType_S32"]
 INVALID, EXHAUSTED = CONSTANTS["Error_Code_INVALID_ARGUMENT"], CONSTANTS["Error_Code_RESOURCE_EXHAUSTED"]
 
-_BODY, _KIND, _BITS, _IN_FEATURES, _GROUP, _SPAN, _FLUSH = range(0, 56, 8)
-_OVERREAD = 16
 _F16, _BF16, _U32 = CONSTANTS["DataType_F16"], CONSTANTS["DataType_BF16"], CONSTANTS["DataType_U32"]
-_KINDS, _WIDTHS_OF_CODES = 3, 8
-_BODIES = len(bodies.OPERATIONS) * _KINDS * _WIDTHS_OF_CODES
-_ROW_SPAN = 256
+_KINDS, _WIDTHS_OF_CODES = len(compiled.KINDS), 8
+_BODIES = len(OPERATIONS) * _KINDS * _WIDTHS_OF_CODES
+_ROW_SPAN, _OVERREAD = compiled.ROW_SPAN, compiled.OVERREAD
 
-(_X, _PACKED, _SCALES, _BIASES, _WHICH, _OUT, _SUMS, _TAIL, _COUNT, _ROWS, _COLUMNS) = range(0, 88, 8)
-(_STACK, _SPAN_OUT, _FLUSH_OUT, _ROW, _SCALE_ROW, _STEP, _SAFE, _CHUNKS, _START, _HEIGHT) = range(88, 168, 8)
+_BODY, _KIND, _BITS, _IN_FEATURES, _GROUP = in_spec("body", "kind", "bits", "columns", "group")
+_SPAN, _FLUSH = in_spec("span", "flush")
+_X, _PACKED, _SCALES, _BIASES, _SUMS, _TAIL = in_block("x", "packed", "scales", "biases", "sums", "tail")
+_COUNT, _ROWS, _COLUMNS, _STACK = in_block("count", "rows", "columns", "stack")
+_SPAN_OUT, _FLUSH_OUT, _ROW, _SCALE_ROW, _STEP = in_block("span", "flush", "row", "scale_row", "step")
+_SAFE, _CHUNKS, _HEIGHT = in_block("safe", "chunks", "height")
 
 
 def _text(value: str) -> Any:

@@ -11,6 +11,7 @@ from numba import carray
 from quantcore_backends.cpu_kernels import integer
 from quantcore_backends.cpu_kernels.disk_cache import CACHED, INLINED, njit
 from quantcore_backends.jax_backend.ffi import jobs
+from quantcore_backends.jax_backend.ffi.block import in_block, in_spec
 from quantcore_backends.jax_backend.ffi.bodies import floats
 from quantcore_backends.jax_backend.ffi.frame import error, free, load64, malloc, store64
 from quantcore_backends.jax_backend.ffi.operands import (
@@ -24,8 +25,8 @@ from quantcore_backends.jax_backend.ffi.operands import (
 
 __all__ = ["run"]
 
-_WIDTH: Final = 64
-_X, _WHICH, _OUT, _COUNT, _ROWS, _COLUMNS = 0, 32, 40, 64, 72, 80
+(_WIDTH,) = in_spec("width")
+_X, _WHICH, _OUT, _COUNT, _ROWS, _COLUMNS = in_block("x", "which", "out", "count", "rows", "columns")
 _MOST: Final = integer.MOST
 
 

@@ -15,13 +15,11 @@ import numpy as np
 from quantcore_backends.cpu_kernels import compiled, integer, layout
 from quantcore_backends.cpu_kernels.threads import thread_count
 from quantcore_backends.jax_backend.ffi import abi
+from quantcore_backends.jax_backend.ffi.block import OPERATIONS
 
-__all__ = ["KINDS", "OPERATIONS", "decode", "load", "load_rounded", "product", "unusable"]
+__all__ = ["KINDS", "decode", "load", "load_rounded", "product", "unusable"]
 
-OPERATIONS: Final = ("one_row", "few_rows", "along_rows", "decode")
-KINDS: Final = {"float32": 0, "float16": 1, "bfloat16": 2}
-_ROW_SPAN: Final = 256
-_FLUSH: Final = 4096
+KINDS: Final = {dtype.name: kind for dtype, kind in compiled.KINDS.items()}
 _lock: Final = threading.Lock()
 
 
@@ -63,7 +61,7 @@ def product(
     operation = "along_rows" if along_rows else "one_row" if count == 1 else "few_rows"
     spec = _spec(operation, scheme, columns, scales.dtype.name, width or 0)
     if width:
-        load_rounded(scheme, width, layout.together(count, integer.FEW_ROWS))
+        load_rounded(scheme, width, layout.together(count, integer.UNTILED_ROWS))
     turned = not (along_rows or width)
     shape = (products, count, columns if along_rows else packed.shape[1])
     if turned:
@@ -98,9 +96,9 @@ def decode(leaves: Any, place: Any, height: int, scheme: Any, columns: int) -> A
 def _spec(operation: str, scheme: Any, columns: int, dtype: str, width: int = 0) -> np.ndarray[Any, Any]:
     """The attribute of a call, with the kernel that it names loaded."""
     kind = KINDS[dtype]
-    span = scheme.group_size or _ROW_SPAN
+    span = scheme.group_size or compiled.ROW_SPAN
     number = load(operation, scheme.bits, kind)
-    values = (number, kind, scheme.bits, columns, scheme.group_size or 0, span, max(1, _FLUSH // span))
+    values = (number, kind, scheme.bits, columns, scheme.group_size or 0, span, max(1, compiled.FLUSH // span))
     return np.asarray([*values, operation == "along_rows", width], np.int64)
 
 
@@ -111,7 +109,7 @@ def load(operation: str, bits: int, kind: int) -> int:
 
     with _lock:
         _register()
-        place = frame.FIRST_BODY + (bodies.OPERATIONS.index(operation) * 8 + bits - 1) * len(KINDS) + kind
+        place = frame.FIRST_BODY + (OPERATIONS.index(operation) * 8 + bits - 1) * len(KINDS) + kind
         frame.TABLE[place] = bodies.body(operation, bits, kind).address
         return place
 
