@@ -22,6 +22,7 @@ __all__ = [
     "available",
     "decode_block",
     "few_rows",
+    "few_rows_along",
     "rows_in_memory",
 ]
 
@@ -36,6 +37,10 @@ ROW_SPAN: Final = 256
 """Columns of a partial sum where the whole row is one group."""
 FLUSH: Final = 4096
 """Columns after which partial sums go into float64."""
+_RAISED: Final = 32
+"""As a power of two, about how large the largest element of a row of x is made for the product along the rows."""
+_COLUMNS_AT_ONCE: Final = 256
+"""Columns of a product along the rows whose sums stay in the nearest cache."""
 OVERREAD: Final = 16
 """Bytes that a vector of 3-, 5- or 6-bit codes may read beyond them."""
 
@@ -113,6 +118,52 @@ def few_rows(x: Array, packed: Array, scales: Array, biases: Array, scheme: Sche
     return out.T
 
 
+def few_rows_along(x: Array, packed: Array, scales: Array, biases: Array, scheme: Scheme, in_features: int) -> Array:
+    """``x @ w`` for few rows of x, contracted along the rows of w.
+
+    Parameters
+    ----------
+    x : array, shape (M, N), float32, C-contiguous
+    packed : array, shape (N, W), uint32
+    scales, biases : array, shape (N, G)
+    scheme : Scheme
+    in_features : int
+        Logical length K of the grouped axis.
+
+    Returns
+    -------
+    array, shape (M, K), float32
+    """
+    from quantcore_backends.cpu_kernels.transposed import rows_by_few
+
+    count, rows = x.shape
+    out = np.empty((count, in_features), np.float32)
+    # The kernel multiplies x by scales: powers of two keep the products from where float32 loses digits.
+    _, exponents = np.frexp(np.abs(x).max(axis=1, keepdims=True))
+    powers = np.ldexp(np.float32(1), np.minimum(_RAISED - exponents, 126))
+    x = x * powers
+    # Scales of other kinds become float32 here, in a hundredth of the product's time: each kind would take a kernel.
+    scales, biases = scales.astype(np.float32, copy=False), biases.astype(np.float32, copy=False)
+    operands = _Operands(packed, scales, biases, scheme)
+    kernel, span = rows_by_few(scheme.bits, operands.kind), operands.span
+    packed_at, *of_scales = operands.from_column(0)
+    safe, tail = operands.safe_rows(), operands.last_rows()
+    of_x = x.ctypes.data, 4 * rows, count
+    of_weight = packed_at, tail.ctypes.data - safe * operands.strides[0], safe, *of_scales
+    shape = rows, in_features, span, *operands.strides
+    spans, at_once = -(-in_features // span), max(1, _COLUMNS_AT_ONCE // span)
+
+    def run(first: int, last: int) -> None:
+        narrow, wide = np.empty(count * (at_once * span + 4), np.float32), np.empty(count * at_once, np.float64)
+        for start in range(first, last, at_once):
+            end = min(start + at_once, last)
+            kernel(*of_x, *of_weight, out, narrow, wide, start, end, *shape)
+
+    over_rows(run, spans, rows * in_features * count)
+    out /= powers
+    return out
+
+
 class _Operands:
     """Addresses and strides of a packed matrix. Keeps the arrays alive while kernels read them."""
 
@@ -136,6 +187,21 @@ class _Operands:
         offset = start * self.scheme.bits // 8
         return self.packed.ctypes.data + offset, self.scales.ctypes.data + step, self.biases.ctypes.data + step
 
+    def safe_rows(self) -> int:
+        """Rows from the first on behind whose codes a vector may read."""
+        rows, row = self.packed.shape[0], self.strides[0]
+        if 32 % self.scheme.bits == 0:
+            return rows
+        return max(0, rows - -(-OVERREAD // row)) if row else 0
+
+    def last_rows(self) -> Array:
+        """Bytes of the rows that aren't safe, as far from each other as in memory, and what a vector may read."""
+        packed = self.packed[self.safe_rows() :]
+        (rows, words), row = packed.shape, self.strides[0]
+        memory = np.zeros(max(0, rows - 1) * row + 4 * words + OVERREAD, np.uint8)
+        np.ndarray(packed.shape, np.uint32, memory, 0, (row, 4))[...] = packed
+        return memory
+
     def padded(self, rows: slice) -> "_Operands":
         """Some rows, copied to where there is memory behind each that a vector may read."""
         packed = self.packed[rows]
@@ -146,9 +212,7 @@ class _Operands:
 
 def _over_rows(operands: _Operands, out: Array, run: Callable[[_Operands, Array, int, int], None], work: int) -> None:
     """Run a kernel over all rows; over the last ones from a padded copy, where a vector reads past its codes."""
-    rows, words = operands.packed.shape
-    reads_past = 32 % operands.scheme.bits != 0
-    safe = max(0, rows - (-(-OVERREAD // (4 * words)) if reads_past else 0))
+    rows, safe = operands.packed.shape[0], operands.safe_rows()
     if safe:
         over_rows(lambda first, last: run(operands, out[first:last], first, last), safe, work)
     if safe < rows:

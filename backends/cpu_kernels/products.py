@@ -1,6 +1,7 @@
-"""Products with packed weights in NumPy: the weight is dense one tile at a time, and BLAS does the rest.
+"""Products with packed weights in NumPy: by compiled kernels, where there is one that serves.
 
-Peak memory beyond the result and one float copy of x stays under 64 MiB whatever the weight's size.
+Else the weight is dense one tile at a time, and BLAS does the rest. Peak memory beyond the result and one float copy
+of x stays under 64 MiB whatever the weight's size.
 """
 
 import math
@@ -49,10 +50,12 @@ def dot(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any], precision: str = "d
     -------
     array, shape (..., M, N), or (N,)
     """
-    product = _rounded_product(x, qw, dtype, precision)
-    if product is not None:
-        return product
-    plan = _Plan.of(x, qw, dtype, precision)
+    weight = _weight(qw) if x.dtype == FLOAT32 and dtype != _FLOAT64 and x.size else None
+    if weight is not None:
+        product = _rounded_product(x, weight, dtype, precision)
+        if product is not None:
+            return product
+    plan = _Plan.of(x, qw, dtype, precision, tried=weight is not None)
     out_features, contracted = qw.shape[-2:]
     stack = qw.shape[:-2]
     if math.prod(stack) == 1:
@@ -63,13 +66,8 @@ def dot(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any], precision: str = "d
     return _stacked(np.asarray(x, plan.work), plan)
 
 
-def _rounded_product(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any], precision: str) -> Array | None:
-    """The usual case, kept short: one matrix, and x in float32 that integers serve. None in any other."""
-    if x.dtype != FLOAT32 or dtype == _FLOAT64 or not x.size:
-        return None
-    weight = _weight(qw)
-    if weight is None:
-        return None
+def _rounded_product(x: Array, weight: integer.Weight, dtype: np.dtype[Any], precision: str) -> Array | None:
+    """The usual case, kept short: one matrix, and x in float32 that integers serve. None where they don't."""
     rows = np.ascontiguousarray(x)
     if x.ndim != 2:
         rows = rows.reshape(-1, x.shape[-1])
@@ -180,7 +178,7 @@ def _leaves(qw: QuantizedTensor, stacked: int) -> Leaves:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """A product's weight, the dtypes of its result, its sums and its tiles of the weight; whether integers serve."""
+    """A product's weight, the dtypes of its result, its sums and its tiles of the weight; whether to try integers."""
 
     qw: QuantizedTensor
     dtype: np.dtype[Any]
@@ -190,10 +188,11 @@ class _Plan:
     integers: bool
 
     @classmethod
-    def of(cls, x: Array, qw: QuantizedTensor, dtype: np.dtype[Any], precision: str) -> "_Plan":
+    def of(cls, x: Array, qw: QuantizedTensor, dtype: np.dtype[Any], precision: str, *, tried: bool = False) -> "_Plan":
+        """That of a product for which integers were `tried` in vain, or not yet."""
         unrounded = precision == "highest" and qw.scheme.group_size is None
         wide = unrounded or np.float64 in (x.dtype, dtype)
-        integers = not (wide or qw.transposed) and integer.serves(qw.scheme)
+        integers = not (tried or wide or qw.transposed) and integer.serves(qw.scheme)
         tile = _FLOAT64 if unrounded else FLOAT32
         return cls(qw, dtype, np.dtype(np.float64 if wide else np.float32), tile, precision, integers)
 
@@ -216,19 +215,26 @@ def _matrix(x: Array, leaves: Leaves, plan: _Plan) -> Array:
 def _compiled_product(x: Array, leaves: Leaves, plan: _Plan) -> Array | None:
     """The product by a compiled kernel, where there is one, and its result is finite: it gives NaN for infinities."""
     qw = plan.qw
-    if x.size == 0 or qw.transposed:
-        return None
-    if plan.integers:
+    if plan.integers and x.size:
         weight = _weight(qw) if leaves[0] is qw.packed else None
         weight = weight or integer.Weight.of(*leaves, qw.scheme, qw.in_features)
         product = _integer_product(x, weight, plan.precision)
         if product is not None:
             return product
-    if _few(x):
-        few_rows = compiled.few_rows if qw.scheme.has_biases else compiled_microscaled.few_rows
-        product = few_rows(x, *leaves, qw.scheme)
-        return product if np.isfinite(product).all() else None
-    return None
+    product = _product_of_few(x, leaves, qw)
+    return product if product is not None and np.isfinite(product).all() else None
+
+
+def _product_of_few(x: Array, leaves: Leaves, qw: QuantizedTensor) -> Array | None:
+    """That of few rows of x in float32, codes unpacked in registers; None where there is no kernel for it."""
+    scheme = qw.scheme
+    few = 0 < x.shape[0] <= compiled.FEW_ROWS and x.size and x.dtype == FLOAT32
+    if not (few and compiled.available()) or (qw.transposed and not scheme.has_biases):
+        return None
+    if qw.transposed:
+        return compiled.few_rows_along(x, *leaves, scheme, qw.in_features)
+    few_rows = compiled.few_rows if scheme.has_biases else compiled_microscaled.few_rows
+    return few_rows(x, *leaves, scheme)
 
 
 _weights: dict[int, tuple[weakref.ref[QuantizedTensor], integer.Weight]] = {}
@@ -247,10 +253,6 @@ def _weight(qw: QuantizedTensor) -> integer.Weight | None:
     weight = integer.Weight.of(qw.packed, qw.scales, qw.biases, qw.scheme, qw.in_features, zero_point)
     _weights[key] = weakref.ref(qw, lambda _: _weights.pop(key, None)), weight
     return weight
-
-
-def _few(x: Array) -> bool:
-    return 0 < x.shape[0] <= compiled.FEW_ROWS and x.dtype == np.float32 and compiled.available()
 
 
 def _against_groups(x: Array, leaves: Leaves, plan: _Plan, out: Array) -> None:
