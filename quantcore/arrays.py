@@ -17,6 +17,7 @@ __all__ = [
     "nbytes_of",
     "plain_namespace",
     "probes",
+    "refuse_sparse",
 ]
 
 
@@ -77,7 +78,7 @@ def _jax_platforms(x: Any, w: Any) -> tuple[str | None, str | None]:
 
 
 def _torch_devices(x: Any, w: Any) -> tuple[Any, Any]:
-    return x.device, w.device
+    return x.device, getattr(w, "device", None)  # w may be of another library, which is refused later
 
 
 def _own_device(array: Any) -> str | None:
@@ -145,6 +146,13 @@ def evaluate(*arrays_: Any) -> None:
     """Compute what a lazy library only noted down: MLX's streams belong to threads, and another one may read it."""
     if library_of(arrays_[0]) == "mlx":
         sys.modules["mlx.core"].eval(*arrays_)
+
+
+def refuse_sparse(op: str, what: str, array: Any) -> None:
+    """Raise TypeError where an array isn't one in memory, element by element: a sparse tensor of torch."""
+    layout = str(getattr(array, "layout", "")) if library_of(array) == "torch" else ""
+    if layout not in ("", "torch.strided"):
+        raise TypeError(f"{op}: {what} {tuple(array.shape)} has the layout {layout}; call .to_dense() first")
 
 
 def nbytes_of(array: Any) -> int:

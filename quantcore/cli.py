@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final
 import numpy as np
 
 import quantcore
+from quantcore import registry
 from quantcore.dtypes import LOGICAL_DTYPES, REAL_FLOATING, numpy_dtype
 
 try:
@@ -78,6 +79,8 @@ def _explained(
     precision: str,
     backend: str | None,
 ) -> quantcore.Explanation:
+    if backend is not None:
+        registry.find(backend, registry.snapshot())
     lengths = _shape(shape)
     chosen = quantcore.Scheme.parse(scheme)
     if dtype not in REAL_FLOATING:

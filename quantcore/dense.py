@@ -5,10 +5,22 @@ from typing import Any, Final
 
 import numpy as np
 
-from quantcore import arrays, dispatch
+from quantcore import arrays, dispatch, registry
 from quantcore.dtypes import REAL_FLOATING, dtype_name, native_dtype, result_dtype
+from quantcore.errors import BackendNotFoundError, BackendUnavailableError
 
-__all__ = ["cast", "check_operand", "floating", "gather", "is_simple", "matmul", "operands", "swapped", "take"]
+__all__ = [
+    "cast",
+    "check_backend",
+    "check_operand",
+    "floating",
+    "gather",
+    "is_simple",
+    "matmul",
+    "operands",
+    "swapped",
+    "take",
+]
 
 _UNCHECKED: Final = ("mlx",)
 """Libraries whose ``take`` checks no index, and reads past the end of the array."""
@@ -25,7 +37,8 @@ def operands(op: str, x: Any, w: Any, options: dict[str, Any]) -> tuple[Any, Any
     if x_device != w_device and None not in (x_device, w_device):
         raise TypeError(f"{op}: x is on {x_device} and w on {w_device}; nothing moves between devices by itself")
     names = [floating(op, "an operand's dtype", operand.dtype) for operand in (x, w)]
-    dispatch.precision_in_force(options["precision"])
+    dispatch.precision_in_force(op, options["precision"])
+    check_backend(op, options["backend"])
     name = result_dtype(*names)
     out_dtype = options["out_dtype"]
     wanted = name if out_dtype is None else floating(op, "out_dtype", out_dtype)
@@ -103,6 +116,18 @@ def floating(op: str, what: str, dtype: Any) -> str:
     if name not in REAL_FLOATING:
         raise TypeError(f"{op}: {what} must be real floating ({', '.join(REAL_FLOATING)}), not {name}; cast it")
     return name
+
+
+def check_backend(op: str, name: Any) -> None:
+    """Raise unless a name, which dense operands need none of, is None or that of a backend that is there."""
+    if name is None:
+        return
+    if not isinstance(name, str):
+        raise TypeError(f"{op}: backend must be a string, not {type(name).__name__}")
+    try:
+        registry.find(name, registry.snapshot())
+    except (BackendNotFoundError, BackendUnavailableError) as error:
+        raise type(error)(f"{op}: {error}") from error
 
 
 def check_operand(op: str, operand: Any) -> None:

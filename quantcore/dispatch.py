@@ -169,18 +169,23 @@ def weight_route(op: str, w: QuantizedTensor, dtype: str | None, backend: str | 
     """The kernel for an operation on a quantized weight alone: dequantize, take."""
     key = (op, arrays.device_of(w.packed), w.annotation, dtype, backend, _settings())
     shapes = (w.packed.shape, w.in_features)
-    return _kept(key, shapes) or _keep(key, shapes, weight_request(op, w, dtype), backend, registry.snapshot())
+    return _kept(op, key, shapes) or _keep(key, shapes, weight_request(op, w, dtype), backend, registry.snapshot())
 
 
 def quantize_route(w: Any, scheme: Scheme, backend: str | None) -> Route:
     """The kernel that quantizes a dense weight."""
     key = ("quantize", type(w), w.dtype, arrays.device_of(w), scheme, backend, _settings())
     shapes = tuple(w.shape)
-    return _kept(key, shapes) or _keep(key, shapes, quantize_request(w, scheme), backend, registry.snapshot())
+    return _kept("quantize", key, shapes) or _keep(
+        key, shapes, quantize_request(w, scheme), backend, registry.snapshot()
+    )
 
 
-def _kept(key: Any, shapes: Any) -> Route | None:
-    found = registry.current.routes.get(key)
+def _kept(op: str, key: Any, shapes: Any) -> Route | None:
+    try:
+        found = registry.current.routes.get(key)
+    except TypeError:
+        raise TypeError(f"{op}: backend must be a string, and a dtype a dtype or its name") from None
     return found if found is None or type(found) is Route else found.get(shapes)
 
 
@@ -220,13 +225,15 @@ def product_request(op: str, x: Any, w: QuantizedTensor, precision: Any, out_dty
     x_dtype = dtype_name(x.dtype)
     if x_dtype not in REAL_FLOATING:
         raise TypeError(f"{op}: x must be real floating, not {x_dtype}; cast it, e.g. to {w.dtype_name}")
+    arrays.refuse_sparse(op, "x", x)
     name = product_dtype(op, x_dtype, w.dtype_name, out_dtype)
-    return Request(op, x, _call(w, x_device, name, precision, x_dtype, tuple(x.shape)))
+    return Request(op, x, _call(w, x_device, name, precision_in_force(op, precision), x_dtype, tuple(x.shape)))
 
 
 def weight_request(op: str, w: QuantizedTensor, dtype: str | None = None, precision: Any = None) -> Request:
     """The request of an operation on a quantized weight alone; `dtype` is the result's, by default the weight's."""
-    return Request(op, w.packed, _call(w, arrays.device_of(w.packed), dtype or w.dtype_name, precision))
+    chosen = precision_in_force(op, precision)
+    return Request(op, w.packed, _call(w, arrays.device_of(w.packed), dtype or w.dtype_name, chosen))
 
 
 def quantize_request(w: Any, scheme: Scheme) -> Request:
@@ -249,7 +256,7 @@ def _call(
     w: QuantizedTensor,
     device: str | None,
     out_dtype: str,
-    precision: Any,
+    precision: Precision,
     x_dtype: str | None = None,
     x_shape: tuple[int, ...] | None = None,
 ) -> Call:
@@ -261,17 +268,17 @@ def _call(
         x_dtype=x_dtype,
         out_dtype=out_dtype,
         device=device,
-        precision=precision_in_force(precision),
+        precision=precision,
         x_shape=x_shape,
         w_shape=w.shape,
     )
 
 
-def precision_in_force(precision: Any) -> Precision:
+def precision_in_force(op: str, precision: Any) -> Precision:
     """The precision of a call: its own, else that of ``use_precision``, else the default."""
     if precision is None:
         return _settings().precision or "default"
-    settings.check_precision(precision)
+    settings.check_precision(op, precision)
     return precision  # type: ignore[no-any-return]
 
 

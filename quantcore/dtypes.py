@@ -45,9 +45,16 @@ def dtype_name(dtype: Any) -> str:
     -------
     str
         ``"float32"``, ``"bfloat16"``, ``"uint32"``, ...; byte order is not part of the name.
+
+    Raises
+    ------
+    TypeError
+        If it is no dtype.
     """
     if isinstance(dtype, str) and dtype in _WIDTH:
         return dtype
+    if dtype is None or type(dtype).__hash__ is None:
+        raise TypeError(f"a dtype, or the name of one, is wanted, not {dtype!r}")
     return _name_of(dtype)
 
 

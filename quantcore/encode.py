@@ -187,11 +187,14 @@ def _scheme(scheme: Any, bits: Any, group_size: Any, mode: Any) -> Scheme:
         return Scheme.parse(scheme)
     if isinstance(group_size, str) and group_size != "row":
         raise ValueError(f"quantize: group_size must be an integer or 'row', not {group_size!r}")
-    return Scheme(
-        "affine" if mode is None else mode,
-        ... if bits is None else bits,
-        ... if group_size is None else None if group_size == "row" else group_size,
-    )
+    try:
+        return Scheme(
+            "affine" if mode is None else mode,
+            ... if bits is None else bits,
+            ... if group_size is None else None if group_size == "row" else group_size,
+        )
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"quantize: {error}") from None
 
 
 def _check_weight(w: Any, axis: Any) -> bool:
@@ -205,11 +208,13 @@ def _check_weight(w: Any, axis: Any) -> bool:
         raise TypeError(f"quantize: the weight must be real floating, not {name}; cast it, e.g. to float32")
     if len(w.shape) < 2:
         raise ValueError(f"quantize: the weight needs at least 2 axes, not {len(w.shape)} (shape {tuple(w.shape)})")
-    if isinstance(axis, bool) or not isinstance(axis, int):
+    arrays.refuse_sparse("quantize", "the weight", w)
+    if isinstance(axis, bool) or not hasattr(axis, "__index__"):
         raise TypeError(f"quantize: axis must be -1 or -2, not {axis!r}")
+    axis = operator.index(axis)
     if axis not in (-1, -2):
         raise ValueError(f"quantize: axis must be -1 or -2, not {axis} (shape {tuple(w.shape)})")
-    return axis == -2
+    return bool(axis == -2)
 
 
 def _check_groups(scheme: Scheme, shape: tuple[int, ...], in_features: int, pad: bool) -> None:

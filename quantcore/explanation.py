@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from quantcore import arrays, dispatch, registry
+from quantcore import arrays, dense, dispatch, ops, registry
 from quantcore.dispatch import Explanation, Request, Verdict
 from quantcore.dtypes import dtype_name
 from quantcore.errors import QuantcoreError
@@ -48,6 +48,8 @@ def explain(
     ValueError, TypeError
         If `op` is unknown, or if the operands don't fit it.
     """
+    if scheme is not None and op != "quantize":
+        raise TypeError(f"explain: {op} takes the scheme of its weight; scheme is for quantize")
     request = _request(op, args, scheme, precision, out_dtype)
     try:
         asked = dispatch.candidates(request, backend, registry.snapshot())
@@ -76,13 +78,14 @@ def _request(op: str, args: tuple[Any, ...], scheme: Scheme | str | None, precis
         if isinstance(x, QuantizedTensor) == isinstance(w, QuantizedTensor):
             raise TypeError(f"explain: {op} is dispatched where exactly one operand is quantized")
         if isinstance(w, QuantizedTensor):
-            return dispatch.product_request(
-                _KERNELS.get(op, op), x, w.mT if op == "matmul" else w, precision, out_dtype
-            )
+            w = w.mT if op == "matmul" else w
+            _check_fit(op, x, w)
+            return dispatch.product_request(_KERNELS.get(op, op), x, w, precision, out_dtype)
         if op == "gather_dot":
             raise TypeError("explain: gather_dot takes the weight as its second operand")
         if op == "matmul" and arrays.is_array(w) and len(w.shape) > 1:
             w = arrays.plain_namespace(w).matrix_transpose(w)
+        _check_fit(op, w, x)
         return dispatch.product_request("dot", w, x, precision, out_dtype)
     if op in _ALONE:
         (w,) = _exactly(op, args[:1], 1)
@@ -93,6 +96,13 @@ def _request(op: str, args: tuple[Any, ...], scheme: Scheme | str | None, precis
             op, w.mT if flip else w, None if out_dtype is None else dtype_name(out_dtype), precision
         )
     raise ValueError(f"explain: unknown op {op!r}; ops: quantize, {', '.join(_PRODUCTS + _ALONE)}")
+
+
+def _check_fit(op: str, x: Any, w: QuantizedTensor) -> None:
+    """Raise where the operands have no product: `w` is contracted along its last axis."""
+    if arrays.is_array(x):
+        dense.check_operand(op, x)
+        ops.check_contracted(op, x, w)
 
 
 def _exactly(op: str, args: tuple[Any, ...], count: int) -> tuple[Any, ...]:

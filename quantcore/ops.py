@@ -4,6 +4,7 @@ An operand may always be dense as well, so that code is written once for quantiz
 """
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from quantcore import arrays, dense, dispatch, registry
 from quantcore.contraction import Contraction
-from quantcore.dtypes import dtype_name
+from quantcore.dtypes import dtype_name, native_dtype
 from quantcore.errors import UnsupportedError
 from quantcore.hookspecs import Precision
 from quantcore.tensor import QuantizedTensor
@@ -36,11 +37,18 @@ def dequantize(qw: Any, /, *, dtype: Any = None, backend: str | None = None) -> 
     -------
     array, shape (..., N, K)
         ``code * scale + bias`` in float32, rounded once to `dtype`.
+
+    Raises
+    ------
+    TypeError
+        If qw is neither, or `dtype` isn't real floating.
+    NoBackendError, UnsupportedError, BackendNotFoundError, BackendUnavailableError
     """
     name = None if dtype is None else dense.floating("dequantize", "dtype", dtype)
     if not isinstance(qw, QuantizedTensor):
         if not arrays.is_array(qw):
             raise TypeError(f"dequantize: takes a QuantizedTensor or an array, not {type(qw).__name__}")
+        dense.check_backend("dequantize", backend)
         return qw if name is None else dense.cast(qw, name)
     base = qw.mT if qw.transposed else qw
     function, name, _, _ = dispatch.weight_route("dequantize", base, name, backend)
@@ -121,6 +129,14 @@ def matmul(
     Returns
     -------
     array, shape (..., M, N); a 1-D operand's axis is left out
+
+    Raises
+    ------
+    ValueError
+        If the shapes don't fit, or there is no such precision.
+    TypeError
+        If an operand isn't real floating, or they are of different libraries or devices.
+    NoBackendError, UnsupportedError, BackendNotFoundError, BackendUnavailableError
     """
     if isinstance(w, QuantizedTensor):
         return _dot("matmul", x, w.mT, out_dtype, precision, backend)
@@ -213,7 +229,11 @@ def take(qw: Any, indices: Any, /, axis: int = 0, *, out_dtype: Any = None, back
     xp, where = _indices("take", indices, qw.shape[axis], qw.packed if isinstance(qw, QuantizedTensor) else qw)
     name = None if out_dtype is None else dense.floating("take", "out_dtype", out_dtype)
     if not isinstance(qw, QuantizedTensor):
-        rows = dense.take(qw, where, axis, xp)
+        dense.check_backend("take", backend)
+        try:
+            rows = dense.take(qw, where, axis, xp)
+        except IndexError as error:
+            raise IndexError(f"take: {error} (array {tuple(qw.shape)}, axis {axis})") from None
         return rows if name is None else dense.cast(rows, name)
     base = qw.mT if qw.transposed else qw
     from_last = qw.transposed and axis == qw.ndim - 1
@@ -269,7 +289,7 @@ def gather_dot(
         raise ValueError(f"gather_dot: x needs at least 2 axes, not shape {tuple(x.shape)}; add an axis of length 1")
     if not isinstance(qw, QuantizedTensor):
         dense.check_operand("gather_dot", qw)
-    _check_contracted("gather_dot", x, qw)
+    check_contracted("gather_dot", x, qw)
     like = qw.packed if isinstance(qw, QuantizedTensor) else qw
     lhs = _flat_indices("gather_dot", lhs_indices, tuple(x.shape[:-2]), like)
     rhs = _flat_indices("gather_dot", rhs_indices, tuple(qw.shape[:-2]), like)
@@ -292,7 +312,22 @@ def gather_dot(
 def prepack(qw: QuantizedTensor, /, backend: str | None = None) -> QuantizedTensor:
     """The tensor in a layout that its backend computes faster in; the same tensor where there is none.
 
-    ``qw.canonical()`` undoes it exactly.
+    Parameters
+    ----------
+    qw : QuantizedTensor, shape (..., N, K)
+    backend : str, optional
+        The backend to ask; by default those of qw's library, in their order.
+
+    Returns
+    -------
+    QuantizedTensor, shape (..., N, K)
+        ``qw.canonical()`` undoes the layout exactly.
+
+    Raises
+    ------
+    TypeError
+        If qw isn't a QuantizedTensor.
+    NoBackendError, BackendNotFoundError, BackendUnavailableError
     """
     if not isinstance(qw, QuantizedTensor):
         raise TypeError(f"prepack: takes a QuantizedTensor, not {type(qw).__name__}")
@@ -333,7 +368,7 @@ def _dot(op: str, x: Any, w: Any, out_dtype: Any, precision: Any, backend: Any) 
         if x_shape and packed.ndim == 2 and x_shape[-1] == contracted:
             function, dtype, precision, _ = dispatch.product_route("dot", x, x_shape, w, out_dtype, precision, backend)
             return function(x, w, dtype, precision)
-    elif type(x) is type(w) is np.ndarray and out_dtype is precision is None and dense.is_simple(x, w):
+    elif type(x) is type(w) is np.ndarray and out_dtype is precision is backend is None and dense.is_simple(x, w):
         return np.matmul(x, np.swapaxes(w, -1, -2))
     return _product(op, x, w, {"out_dtype": out_dtype, "precision": precision, "backend": backend})
 
@@ -353,7 +388,7 @@ def _product(op: str, x: Any, w: Any, options: dict[str, Any]) -> Any:
 
 
 def _right_product(op: str, x: Any, w: QuantizedTensor, options: dict[str, Any], left: bool = False) -> Any:
-    _check_contracted(op, x, w, left)
+    check_contracted(op, x, w, left)
     if len(x.shape) == 1 and w.ndim > 2:
         return _right_product(op, x[None, :], w, options)[..., 0, :]
     try:
@@ -410,7 +445,7 @@ def _one_quantized(x: Any, w: Any) -> tuple[Any, Any]:
 # --- checks ---------------------------------------------------------------------------------------------------
 
 
-def _check_contracted(op: str, x: Any, w: Any, left: bool = False) -> None:
+def check_contracted(op: str, x: Any, w: Any, left: bool = False) -> None:
     if x.shape[-1] == w.shape[-1]:
         return
     scheme = f" ({w.scheme})" if isinstance(w, QuantizedTensor) else ""
@@ -423,12 +458,13 @@ def _check_contracted(op: str, x: Any, w: Any, left: bool = False) -> None:
 
 
 def _checked_axis(w: Any, axis: Any) -> int:
-    if isinstance(axis, bool) or not isinstance(axis, int):
+    if isinstance(axis, bool) or not hasattr(axis, "__index__"):
         raise TypeError(f"take: axis must be an int, not {axis!r}")
+    axis = operator.index(axis)
     ndim = len(w.shape)
     if not -ndim <= axis < ndim:
         raise ValueError(f"take: axis {axis} is out of range for shape {tuple(w.shape)}")
-    axis = int(axis) % ndim
+    axis %= ndim
     if isinstance(w, QuantizedTensor) and axis == ndim - (2 if w.transposed else 1):
         raise ValueError(
             f"take: axis {axis} of shape {w.shape} is the grouped one ({w.scheme}), whose codes are packed together; "
@@ -441,7 +477,10 @@ def _indices(op: str, indices: Any, length: int, like: Any) -> tuple[Any, Any]:
     """Namespace, and the indices as an integer array of like's library."""
     xp = _namespace(op, like)
     if not arrays.is_array(indices):
-        known = np.asarray(indices)
+        try:
+            known = np.asarray(indices)
+        except ValueError as error:
+            raise ValueError(f"{op}: the indices are no array: {error}") from None
         if known.size == 0:
             known = known.astype(np.int64)
         _check_integer(op, known)
@@ -460,7 +499,15 @@ def _indices(op: str, indices: Any, length: int, like: Any) -> tuple[Any, Any]:
             f"quantcore.to_library(indices, {arrays.library_of(like)!r}, qw.device)"
         )
     _check_integer(op, indices)
-    return xp, indices
+    return xp, _signed(indices, length, xp)
+
+
+def _signed(indices: Any, length: int, xp: Any) -> Any:
+    """Indices that a signed integer holds: larger ones, which as such would count from the end, become `length`."""
+    if dtype_name(indices.dtype) not in ("uint32", "uint64"):
+        return indices
+    signed = xp.astype(indices, native_dtype("int64", indices))
+    return xp.where(signed < 0, xp.asarray(length, dtype=signed.dtype), signed)
 
 
 def _namespace(op: str, like: Any) -> Any:

@@ -182,6 +182,10 @@ def register(plugin: object) -> str:
 def unregister(name: str) -> None:
     """Remove a backend from this process, whether registered or installed; :func:`refresh` brings installed ones back.
 
+    Parameters
+    ----------
+    name : str
+
     Raises
     ------
     BackendNotFoundError

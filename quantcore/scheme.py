@@ -177,7 +177,8 @@ def _check(mode: str, bits: int, group_size: int | None) -> None:
         raise ValueError(f"bits must be one of {_listed(BITS)}, not {bits}")
     if group_size is not None and group_size not in GROUP_SIZES:
         raise ValueError(
-            f"group_size must be one of {_listed(GROUP_SIZES)}, or None for one group per row, not {group_size}"
+            f"group_size must be one of {_listed(GROUP_SIZES)}, not {group_size}; one group per row is None in Scheme, "
+            "and 'row' in quantize"
         )
 
 

@@ -36,10 +36,10 @@ _NOTHING: Final = Settings.of()
 current: Final[ContextVar[Settings]] = ContextVar("quantcore_settings", default=_NOTHING)
 
 
-def check_precision(precision: object) -> None:
-    """Raise ValueError unless `precision` names one."""
+def check_precision(op: str, precision: object) -> None:
+    """Raise ValueError, in the name of an operation, unless `precision` names one."""
     if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, not {precision!r}")
+        raise ValueError(f"{op}: precision must be one of {', '.join(map(repr, PRECISIONS))}, not {precision!r}")
 
 
 @contextmanager
@@ -51,12 +51,17 @@ def use_precision(precision: Precision) -> Iterator[None]:
     precision : {"default", "highest", "fast"}
         Bound on the error, see :data:`quantcore.hookspecs.Precision`.
 
+    Raises
+    ------
+    ValueError
+        If there is no such precision.
+
     Examples
     --------
     >>> with use_precision("highest"):
     ...     y = dot(x, qw)
     """
-    check_precision(precision)
+    check_precision("use_precision", precision)
     token = current.set(Settings.of(current.get().backend, precision))
     try:
         yield

@@ -1,13 +1,14 @@
 """Arrays from one library to another, on request only."""
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import array_api_compat
 import numpy as np
 
 from quantcore import arrays, registry
-from quantcore.errors import BackendNotFoundError, BackendUnavailableError
+from quantcore.errors import BackendNotFoundError, BackendUnavailableError, QuantcoreError
 
 __all__ = ["to_library"]
 
@@ -33,6 +34,8 @@ def to_library(array: Any, library: str, device: Any = None) -> Any:
     ------
     BackendNotFoundError, BackendUnavailableError
         If the library is unknown, or can't be imported.
+    ValueError
+        If it has no such device here.
     """
     if not isinstance(library, str):
         raise TypeError(f"library must be a name like 'numpy', not {type(library).__name__}")
@@ -61,10 +64,22 @@ def _from_numpy(array: np.ndarray[Any, Any], library: str, device: Any) -> Any:
             except BackendUnavailableError as error:
                 unavailable = error
                 continue
-            return backend.hook("from_numpy")(array, device)
+            return _on_device(backend.hook("from_numpy"), array, library, device)
     if unavailable is not None:
         raise unavailable
     return _generic_from_numpy(array, library, device)
+
+
+def _on_device(from_numpy: Callable[[Any, Any], Any], array: Any, library: str, device: Any) -> Any:
+    try:
+        return from_numpy(array, device)
+    except QuantcoreError:
+        raise
+    except Exception as error:  # what a library says of a device that isn't there, torch's AssertionError among it
+        if device is None:
+            raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"can't move to {library!r} on the device {device!r}: {reason}") from error
 
 
 def _generic_from_numpy(array: np.ndarray[Any, Any], library: str, device: Any) -> Any:

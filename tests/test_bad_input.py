@@ -12,8 +12,10 @@ import array_api_strict as strict
 import mlx.core as mx
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import quantcore as qc
+from quantcore.cli import app
 
 W = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
 X = np.random.default_rng(1).standard_normal((3, 64)).astype(np.float32)
@@ -544,6 +546,32 @@ CASES = [
     ),
     case("namespace mixed", lambda: qc.array_namespace(X, MLX), TypeError, "array_namespace", "mlx", "numpy", ".to("),
     case("namespace of a list", lambda: qc.array_namespace([1.0]), TypeError, "list"),
+    case("explain shapes that don't fit", lambda: qc.explain("dot", X[:, :3], QW), ValueError, "dot", "(3, 3)", NAME),
+    case(
+        "explain a product's scheme", lambda: qc.explain("dot", X, QW, scheme="mxfp4"), TypeError, "explain", "scheme"
+    ),
+    # --- what libraries would say in their own words
+    case("take backend dense", lambda: qc.take(W, [1], backend="nope"), qc.BackendNotFoundError, "take", "nope"),
+    case("dot backend dense", lambda: qc.dot(X, W, backend="nope"), qc.BackendNotFoundError, "dot", "nope"),
+    case("dequantize backend dense", lambda: qc.dequantize(W, backend="no"), qc.BackendNotFoundError, "dequantize"),
+    case("dequantize backend list", lambda: qc.dequantize(QW, backend=["x"]), TypeError, "dequantize", "string"),
+    case("dequantize dtype list", lambda: qc.dequantize(QW, dtype=[3]), TypeError, "dtype", "[3]"),
+    case("astype None", lambda: QW.astype(None), TypeError, "dtype", "None"),
+    case("take ragged", lambda: qc.take(QW, [[1], [1, 2]]), ValueError, "take", "indices"),
+    case("take dense out of range", lambda: qc.take(W, np.array([9])), IndexError, "take", "9", "(8, 64)"),
+    case("take uint64", lambda: qc.take(QW, np.array([2**64 - 1], np.uint64)), IndexError, "take", "8", NAME),
+    case("take uint64 dense", lambda: qc.take(W, np.array([2**64 - 3], np.uint64)), IndexError, "take", "(8, 64)"),
+    case(
+        "gather_dot uint64",
+        lambda: qc.gather_dot(X, QS, rhs_indices=np.array([2**63], np.uint64)),
+        IndexError,
+        "gather_dot",
+        NAME,
+    ),
+    case("quantize bits", lambda: qc.quantize(W, bits=7), ValueError, "quantize", "bits", "7"),
+    case("quantize group 48", lambda: qc.quantize(W, group_size=48), ValueError, "quantize", "48", "'row'"),
+    case("dot precision", lambda: qc.dot(X, QW, precision="hi"), ValueError, "dot", "precision", "hi"),
+    case("MLX device", lambda: QW.to("mlx", "nodev"), ValueError, "mlx", "nodev", "mx.cpu"),
     # --- registration
     case("register a class", lambda: qc.register(dict), qc.PluginValidationError, "dict", "instance"),
     case(
@@ -609,3 +637,60 @@ def test_with_every_backend_disabled_the_message_lists_them(spoil: pytest.Monkey
             call()
     with pytest.raises(qc.BackendUnavailableError, match=r"mlx.*QUANTCORE_DISABLE"):
         QW.to("mlx")
+
+
+def test_every_pair_of_libraries_is_refused_in_the_same_words() -> None:
+    torch, jax = pytest.importorskip("torch"), pytest.importorskip("jax.numpy")
+    xs = {
+        "numpy": X,
+        "mlx": mx.array(X),
+        "torch": torch.from_numpy(X),
+        "jax": jax.asarray(X),
+        "array_api_strict": strict.asarray(X),
+    }
+    for ours, x in xs.items():
+        for theirs in xs.keys() - {ours}:
+            weight = QW.to(theirs)
+            for call in (lambda: qc.dot(x, weight), lambda: qc.dot(weight, x), lambda: qc.matmul(x, weight.mT)):  # noqa: B023
+                with pytest.raises(TypeError, match=f"is a {ours} array and the weight .* is in {theirs}"):
+                    call()
+
+
+def test_torch_says_which_device_or_layout_is_wrong() -> None:
+    torch = pytest.importorskip("torch")
+    x, weight = torch.from_numpy(X).to_sparse(), QW.to("torch")
+    for call, op in (
+        (lambda: qc.dot(x, weight), "dot"),
+        (lambda: qc.gather_dot(x, QS.to("torch")), "gather_dot"),
+        (lambda: qc.quantize(x), "quantize"),
+    ):
+        with pytest.raises(TypeError, match=rf"{op}: .*layout torch.sparse_coo; call .to_dense\(\) first"):
+            call()
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="can't move to 'torch' on the device 'cuda'"):
+            QW.to("torch", "cuda")
+
+
+def test_indices_too_large_for_a_signed_integer_are_nan_in_mlx() -> None:
+    rows = qc.take(MLX, mx.array(np.array([2**64 - 1, 3], np.uint64)))
+    np.testing.assert_array_equal(np.isnan(np.asarray(rows)).all(1), [True, False])
+
+
+def test_a_number_of_threads_that_is_none_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    from quantcore_backends.cpu_kernels import threads
+
+    monkeypatch.setenv("QUANTCORE_NUM_THREADS", "many")
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "3")
+    with pytest.warns(RuntimeWarning, match="QUANTCORE_NUM_THREADS='many'"):
+        assert threads.thread_count() == 3
+
+
+def test_integers_of_numpy_are_axes() -> None:
+    np.testing.assert_array_equal(qc.take(QW, [1], axis=np.int64(0)), qc.take(QW, [1], axis=0))
+    assert qc.quantize(W, axis=np.int64(-1)).shape == (8, 64)
+
+
+def test_the_command_refuses_a_backend_that_is_not_there() -> None:
+    told = CliRunner().invoke(app, ["explain", "dot", "--backend", "nope"])
+    assert told.exit_code == 2
+    assert "no backend is named 'nope'" in told.output

@@ -8,6 +8,7 @@ import atexit
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
@@ -16,7 +17,8 @@ import numpy as np
 
 __all__ = ["NativePool", "native_pool", "over_rows", "thread_count"]
 
-_VARIABLES: Final = ("QUANTCORE_NUM_THREADS", "NUMBA_NUM_THREADS", "OMP_NUM_THREADS")
+_OWN: Final = "QUANTCORE_NUM_THREADS"
+_VARIABLES: Final = (_OWN, "NUMBA_NUM_THREADS", "OMP_NUM_THREADS")
 _FEW_CPUS: Final = 8
 """CPUs up to which the waiting threads keep off the caller's."""
 _AWAKE: Final = 120e-6
@@ -34,6 +36,8 @@ def thread_count() -> int:
         value = os.environ.get(variable, "")
         if value.isascii() and value.isdigit() and int(value) > 0:
             return int(value)
+        if value and variable == _OWN:
+            warnings.warn(f"{_OWN}={value!r} is no number of threads and is ignored", RuntimeWarning, stacklevel=2)
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 

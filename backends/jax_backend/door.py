@@ -27,13 +27,21 @@ def layer_dot(x: Array, stack: QuantizedTensor, layer: Any, /, **options: Any) -
     x : array, shape (..., M, K) or (K,), real floating
     stack : QuantizedTensor, shape (L, N, K)
     layer : int or array, shape (), integer
-        Negative ones count from the end. Where it is out of range, the result is NaN.
+        Negative ones count from the end.
     **options
         `out_dtype`, `precision` and `backend`, as for :func:`quantcore.dot`.
 
     Returns
     -------
     array, shape (..., M, N) or (N,)
+        NaN where a traced `layer` is out of range.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the shapes don't fit, or `layer` isn't one integer.
+    IndexError
+        If a `layer` that isn't traced is out of range.
 
     Examples
     --------

@@ -161,8 +161,8 @@ class MLXBackend:
         """Shared memory where DLPack allows it, else a copy; bfloat16 as its bits."""
         import mlx.core as mx
 
-        if device is not None and str(device) not in ("cpu", "gpu", str(mx.default_device())):
-            raise ValueError(f"MLX arrays live in unified memory; the device can't be {device!r}")
+        if device is not None:
+            _check_device(mx, device)
         if dtype_name(array.dtype) == "bfloat16":
             made = _shared(mx, array.view(np.uint16)).view(mx.bfloat16)
             _evaluate(mx, made)
@@ -184,6 +184,16 @@ def _on_cuda() -> bool:
     import mlx.core as mx
 
     return bool(mx.cuda.is_available())
+
+
+def _check_device(mx: Any, device: Any) -> None:
+    """Raise unless the device, or kind of device, is one that MLX has here; its arrays live in unified memory."""
+    kinds = {name: str(kind) for name, kind in (("cpu", mx.cpu), ("gpu", mx.gpu))}
+    name = next((name for name, kind in kinds.items() if str(device) in (name, kind, f"Device({name}, 0)")), None)
+    if name is None:
+        raise ValueError(f"MLX arrays live in unified memory; the device is mx.cpu or mx.gpu, not {device!r}")
+    if name == "gpu" and not mx.is_available(mx.gpu):
+        raise ValueError("MLX finds no GPU here")
 
 
 def _supports_product(call: Call, contracted: int) -> bool | str:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from quantcore import QuantizedTensor, Scheme
+from quantcore.arrays import refuse_sparse
 from quantcore.dtypes import numpy_dtype
 from quantcore.settings import check_precision
 from quantcore_backends import cpu_kernels
@@ -90,7 +91,9 @@ def dot(
     precision: str,
 ) -> Tensor:
     """See :func:`quantcore_backends.cpu_kernels.dot`."""
-    check_precision(precision)
+    check_precision("dot", precision)
+    if x.layout is not torch.strided:
+        refuse_sparse("dot", "x", x)
     if x.dtype is _float32 and dtype == "float32" and not transposed and x.shape[-1] == in_features:
         weight = _weight_of(packed, scales, biases, scheme, in_features)
         product = None if weight is None else _product_of_integers(x, weight, precision)
@@ -115,7 +118,9 @@ def gather_dot(
     precision: str,
 ) -> Tensor:
     """See :func:`quantcore_backends.cpu_kernels.gather_dot`."""
-    check_precision(precision)
+    check_precision("gather_dot", precision)
+    if x.layout is not torch.strided:
+        refuse_sparse("gather_dot", "x", x)
     qw = _weight(packed, scales, biases, scheme, in_features, transposed)
     _check_contracted("gather_dot", x, qw)
     operands = (to_numpy(x), qw, to_numpy(lhs), to_numpy(rhs), numpy_dtype(dtype))

@@ -73,7 +73,10 @@ def convert(
             raise ValueError(f"--to: the format that is written is mlx, not {to!r}")
         console = _console()
         checkpoint = _named(source, names, not inexact, console)
-        state = Converted(checkpoint, Recipe.parse(bits, group_size, rules or []))
+        recipe = Recipe.parse(bits, group_size, rules or [])
+        for pattern in recipe.unmatched(checkpoint):
+            _warn(console, f"The rule for {pattern!r} matches no tensor")
+        state = Converted(checkpoint, recipe)
         with replacing(destination, force) as folder, _progress("Converting", checkpoint.nbytes) as advance:
             entries = checkpoint.entries
             write_checkpoint(state, folder, checkpoint.config, lambda name, _: advance(name, entries[name].nbytes))

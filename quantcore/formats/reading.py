@@ -1,7 +1,7 @@
 """`load`: which format a path holds, found by its content, and the checkpoint that it gives."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,7 +105,8 @@ def _open_file(place: Path, rename: Callable[[str], str], exact: bool) -> _Opene
         return _from_safetensors(read_single(file), rename, exact)
     start = file.buffer[:4]
     if start[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
-        malformed(place, "a pickle or zip (PyTorch's .pt); such files can run code and aren't read", offset=0)
+        what = "a pickle or zip: PyTorch's .pt, which can run code and isn't read, or NumPy's .npz, which np.load opens"
+        malformed(place, what, offset=0)
     if onnx.looks_like(file):
         return onnx.entries(file, exact=exact), "onnx", {}, {}
     malformed(place, f"not a format that is read: safetensors, GGUF or ONNX (it begins with {start!r})", offset=0)
@@ -132,6 +133,7 @@ def _from_safetensors(folder: Folder, rename: Callable[[str], str], exact: bool)
     else:
         quantized, suffixes = _read_as(format, tensors, settings, exact)
         used = {f"{name.removesuffix('weight')}{suffix}" for name in quantized for suffix in suffixes}
+    _check_unclaimed(tensors, used, format)
     entries: dict[str, Entry] = {}
     for name, stored in tensors.items():  # in the order of the file, a quantized weight where its first part is
         weight = f"{name.rpartition('.')[0]}.weight"
@@ -160,8 +162,8 @@ def _quantization(folder: Folder) -> tuple[str, Settings | None]:
 
     Raises
     ------
-    FormatError, UnsupportedError
-        If the method isn't known, or tensors are quantized and nothing says how.
+    UnsupportedError
+        If the method isn't known.
     """
     file, config = folder.config_file, folder.config
     if config.get("quantization") is not None:
@@ -175,11 +177,17 @@ def _quantization(folder: Folder) -> tuple[str, Settings | None]:
                 "compressed-tensors"
             )
         return method, settings
-    for name, stored in folder.tensors.items():
+    hqq_like = any(name.rpartition(".")[2] == hqq.MARKER for name in folder.tensors)
+    return "hqq" if hqq_like else "safetensors", None
+
+
+def _check_unclaimed(tensors: Mapping[str, Stored], used: Collection[str], format: str) -> None:
+    """Raise where a tensor that nothing claims is part of a quantized weight: it would be taken for data."""
+    for name, stored in tensors.items():
         end = name.rpartition(".")[2]
-        if end == hqq.MARKER:
-            return "hqq", None
-        mlx_like = end == "scales" and f"{name.removesuffix('.scales')}.weight" in folder.tensors
-        if end in ("qweight", compressed_tensors.MARKER) or mlx_like:
-            stored.malformed("it is part of a quantized weight, but no config.json beside it says how it is quantized")
-    return "safetensors", None
+        mlx_like = end == "scales" and f"{name.removesuffix('.scales')}.weight" in tensors
+        if name not in used and (mlx_like or end in ("qweight", compressed_tensors.MARKER)):
+            says = f"the config says {format}, which has no such tensor"
+            if format == "safetensors":
+                says = "no config.json beside it says how it is quantized"
+            stored.malformed(f"it is part of a quantized weight, but {says}")

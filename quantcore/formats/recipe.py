@@ -1,6 +1,6 @@
 """What to do with each tensor of a checkpoint that is converted: keep it, quantize it, or make it dense."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Final
@@ -48,9 +48,16 @@ class Recipe:
             Naming the rule that can't be read.
         """
         default = None
-        if bits is not None or group_size is not None:
-            default = Scheme("affine", 4 if bits is None else bits, 64 if group_size is None else group_size)
+        if bits is None and group_size is not None:
+            raise ValueError("group_size (--group-size) goes with bits (--bits): give both, or neither")
+        if bits is not None:
+            default = Scheme("affine", bits, 64 if group_size is None else group_size)
         return cls(default, [_rule(text) for text in rules])
+
+    def unmatched(self, names: Iterable[str]) -> list[str]:
+        """Patterns of rules that match no name: misspelt, perhaps."""
+        found = list(names)
+        return [pattern for pattern, _ in self.rules if not any(fnmatchcase(name, pattern) for name in found)]
 
     def action(self, name: str, entry: Entry) -> Scheme | str:
         """The scheme that a tensor gets, ``"keep"`` or ``"dense"``."""

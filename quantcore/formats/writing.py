@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -87,9 +87,21 @@ def write_checkpoint(
     state: Mapping[str, Any], folder: Path, config: Mapping[str, Any], progress: Progress | None = None
 ) -> None:
     """Write shards, index and config into an empty folder; see `save`."""
+    _check_config(config)
     schemes = _write_shards(state, folder, progress)
     text = json.dumps(_with_quantization(config, schemes), indent=4)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _check_config(config: Any) -> None:
+    """Raise before anything is written where the config is no JSON that can be read back."""
+    if not isinstance(config, Mapping):
+        raise TypeError(f"save: config must be a mapping, not {type(config).__name__}")
+    for key, value in config.items():
+        try:
+            json.dumps({key: value}, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"save: {key!r} of the config can't be written as JSON: {error}") from None
 
 
 # --- the folder -----------------------------------------------------------------------------------------------
@@ -166,6 +178,7 @@ def _write_shards(state: Mapping[str, Any], folder: Path, progress: Progress | N
                 progress(name, nbytes)
         if writer is None:
             raise ValueError("save: there are no tensors to write")
+        _check_not_quantized(names, schemes)
     finally:
         if writer is not None:
             writer.close()
@@ -173,10 +186,23 @@ def _write_shards(state: Mapping[str, Any], folder: Path, progress: Progress | N
     return schemes
 
 
+def _check_not_quantized(names: Collection[str], schemes: Collection[str]) -> None:
+    """Raise where dense tensors are called what the parts of a quantized weight are."""
+    for name in names:
+        module, dot, end = name.rpartition(".")
+        if dot and end == "scales" and module not in schemes and f"{module}.weight" in names:
+            raise ValueError(
+                f"save: {name!r} and '{module}.weight' are dense, but MLX's names for the parts of a quantized weight; "
+                "rename one"
+            )
+
+
 def _length_of(name: Any) -> int:
     """Bytes of a name, which must be a string that UTF-8 can hold."""
     if not isinstance(name, str):
         raise TypeError(f"save: names must be strings, not {type(name).__name__}")
+    if name == "__metadata__":
+        raise ValueError("save: a tensor can't be called '__metadata__', which safetensors keeps for itself; rename it")
     try:
         return len(name.encode())
     except UnicodeEncodeError:
@@ -199,6 +225,7 @@ def _leaves(name: str, tensor: Any, schemes: dict[str, Scheme]) -> dict[str, Arr
     if not isinstance(tensor, QuantizedTensor):
         if not arrays.is_array(tensor):
             raise TypeError(f"save: {name!r} must be an array or a QuantizedTensor, not {type(tensor).__name__}")
+        arrays.refuse_sparse("save", repr(name), tensor)
         return {name: to_library(tensor, "numpy")}
     module, dot, end = name.rpartition(".")
     if not dot or end != "weight":

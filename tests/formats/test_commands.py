@@ -105,6 +105,12 @@ def test_convert_is_exact_by_default_and_verify_says_so(tmp_path: Path) -> None:
     assert (code, out) == (0, "3 tensors: 3 equal, 0 within the tolerance, 0 not\n")
 
 
+def test_a_rule_that_matches_nothing_is_named(model: Path, tmp_path: Path) -> None:
+    code, out, _ = run("convert", model, tmp_path / "o", "--bits", 4, "--rules", "lm_haed*=keep")
+    assert code == 0
+    assert "The rule for 'lm_haed*' matches no tensor" in out
+
+
 def test_rules(model: Path, tmp_path: Path) -> None:
     run("convert", model, tmp_path / "a", "--bits", 4)
     arguments = ("--bits", 8, "--rules", "embed*=keep", "--rules", "*proj*=dense")
@@ -181,6 +187,7 @@ def test_verify_values(tmp_path: Path, a: Any, b: Any, code: int) -> None:
         (("convert", "{model}", "{tmp}/o", "--to", "gguf"), "--to: the format that is written is mlx"),
         (("convert", "{model}", "{tmp}/o", "--bits", "7"), "bits must be one of"),
         (("convert", "{model}", "{tmp}/o", "--bits", "4", "--group-size", "16"), "groups of 16"),
+        (("convert", "{model}", "{tmp}/o", "--group-size", "32"), "goes with bits (--bits)"),
         (("convert", "{model}", "{tmp}/o", "--rules", "x"), "can't read the rule 'x'"),
         (("convert", "{model}", "{tmp}/o", "--rules", "x=int4"), "can't read the scheme"),
         (("convert", "{model}", "{tmp}/o", "--rules", "*odd*=affine-int4-g32"), "'layers.0.odd.weight': quantize: 100"),

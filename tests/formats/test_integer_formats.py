@@ -174,6 +174,13 @@ def test_quantized_tensors_that_nothing_describes(tmp_path: Path, maker: Any) ->
         qc.load(makers.write(tmp_path, maker()._replace(config={})))
 
 
+@pytest.mark.parametrize("said", [makers.gptq, makers.awq])
+def test_quantized_tensors_that_the_config_does_not_describe(tmp_path: Path, said: Any) -> None:
+    method = said().config["quantization_config"]["quant_method"]
+    with pytest.raises(qc.FormatError, match=f"'m.scales'.* part of a quantized weight, but the config says {method}"):
+        qc.load(makers.write(tmp_path, makers.mlx()._replace(config=said().config)))
+
+
 @pytest.mark.parametrize("maker", [makers.awq, makers.gptq, makers.hqq, makers.compressed_tensors])
 def test_wide_scales_are_inexact_and_say_so(tmp_path: Path, maker: Any) -> None:
     made = maker(dtype=np.float32)

@@ -108,6 +108,8 @@ def test_larger_groups_are_split_exactly(tmp_path: Path, group: Any, shape: tupl
         ({"a": np.ones(2, np.complex128)}, TypeError, "dtype complex128"),
         ({1: np.ones(2)}, TypeError, "names must be strings"),
         ({"\udc80": np.ones(2)}, ValueError, "can't be written as UTF-8"),
+        ({"__metadata__": np.ones(2)}, ValueError, "'__metadata__', which safetensors keeps"),
+        ({"m.weight": np.ones(2), "m.scales": np.ones(2)}, ValueError, "MLX's names for the parts of a quantized"),
         ({}, ValueError, "no tensors"),
         ([], TypeError, "must be a mapping"),
     ],
@@ -115,6 +117,22 @@ def test_larger_groups_are_split_exactly(tmp_path: Path, group: Any, shape: tupl
 def test_what_cannot_be_saved_leaves_nothing(tmp_path: Path, state: Any, error: type[Exception], why: str) -> None:
     with pytest.raises(error, match=why):
         qc.save(state, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "why"),
+    [
+        ({"a": 1, "theta": float("nan")}, ValueError, "'theta' of the config"),
+        ({"n": np.int64(3)}, TypeError, "'n' of the config"),
+        (3, TypeError, "config must be a mapping, not int"),
+    ],
+)
+def test_a_config_that_cannot_be_read_back_leaves_nothing(
+    tmp_path: Path, config: Any, error: type[Exception], why: str
+) -> None:
+    with pytest.raises(error, match=why):
+        qc.save({"a": np.ones(2)}, tmp_path / "out", config=config)
     assert not list(tmp_path.iterdir())
 
 
