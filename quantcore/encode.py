@@ -122,8 +122,9 @@ def quantized_tensor(
     packed : array, shape scheme.packed_shape(shape), uint32
         Codes, each row one little-endian bitstream.
     scales, biases : array, shape scheme.scales_shape(shape), real floating
-        In the microscaled modes, `scales` is uint8 and `biases` None. NumPy's that nobody can write to are looked at
-        once: where all groups have one zero point, products need not read the biases.
+        In the microscaled modes, `scales` is uint8 and `biases` None. NumPy's that are read-only, with all that they
+        are views of, are looked at once, and must stay as they are: where all groups have one zero point, products
+        need not read the biases.
     shape : sequence of int
         Logical shape (..., N, K) of the weight.
     scheme : Scheme or str

@@ -68,6 +68,9 @@ def freeze(array: np.ndarray[Any, Any]) -> None:
 def is_frozen(array: np.ndarray[Any, Any]) -> bool:
     """Whether nobody can write to an array, through it or through what it is a view of: what it holds may be kept.
 
+    As far as flags say: who made an array may set its flag again and write to it, and a file that is mapped read-only
+    may be written to. Neither is looked for.
+
     Parameters
     ----------
     array : array

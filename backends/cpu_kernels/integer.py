@@ -48,7 +48,7 @@ FLOATS: Final = layout.FLOAT_WIDTH
 THREADED: Final = 1 << 18
 """Multiplications worth a second thread."""
 MOST: Final = 512
-"""Rows of x in one go, which bounds the scratch memory."""
+"""Rows of x in one go, at most, which bounds the scratch memory."""
 IN_UNITS: Final = {8: layout.MATRIX_HEIGHT, 16: 0}
 """Rows of x from which matrix units are faster than vectors, by the width of its integers."""
 _PLANS: Final = 512
@@ -359,9 +359,10 @@ def multiply(x: Operand, rows: int, weight: Weight, out: Operand, width: int) ->
     if rows <= MOST:
         return weight.call(width, rows)(x, out)
     columns, outputs = weight.geometry.columns, weight.geometry.rows
-    for start in range(0, rows, MOST):
-        call = weight.call(width, min(MOST, rows - start))
-        if not call(_from_row(x, start, columns), _from_row(out, start, outputs)):
+    parts = -(-rows // MOST)
+    for part in range(parts):  # of equal lengths: a few rows that are left over would take kernels of another kind
+        start, end = rows * part // parts, rows * (part + 1) // parts
+        if not weight.call(width, end - start)(_from_row(x, start, columns), _from_row(out, start, outputs)):
             return False
     return True
 

@@ -241,7 +241,11 @@ _weights: dict[int, tuple[weakref.ref[QuantizedTensor], integer.Weight]] = {}
 
 
 def _weight(qw: QuantizedTensor) -> integer.Weight | None:
-    """A matrix as the kernels on integers take it, kept as long as the tensor; None where they don't."""
+    """A matrix as the kernels on integers take it; None where they don't.
+
+    It is kept as long as the tensor, unless it holds a copy that would cost memory, or that writing to the tensor's
+    arrays would leave behind.
+    """
     key = id(qw)
     found = _weights.get(key)
     if found is not None and found[0]() is qw:
@@ -251,7 +255,9 @@ def _weight(qw: QuantizedTensor) -> integer.Weight | None:
     lasting = is_frozen(qw.scales) and is_frozen(qw.biases)  # else they might be changed in place
     zero_point = common_zero_point(qw.scales, qw.biases) if lasting else 0
     weight = integer.Weight.of(qw.packed, qw.scales, qw.biases, qw.scheme, qw.in_features, zero_point)
-    _weights[key] = weakref.ref(qw, lambda _: _weights.pop(key, None)), weight
+    packed, *per_group = (leaf.ctypes.data for leaf in qw.flatten()[0])
+    if weight.addresses[0] == packed and (lasting or weight.addresses[1:] == tuple(per_group)):
+        _weights[key] = weakref.ref(qw, lambda _: _weights.pop(key, None)), weight
     return weight
 
 

@@ -25,6 +25,8 @@ _AWAKE: Final = 120e-6
 """Seconds that a worker waits awake: what a model does between two products, attention included. Waking one takes ten
 microseconds, on a virtual machine more."""
 _TRIED, _MOST_LOOKS = 1000, 100_000
+_most_threads: int | None = None
+"""Threads of the first native pool. Scratch memory is planned for so many, in a forked child too: none has more."""
 _pool: ThreadPoolExecutor | None = None
 _native: "NativePool | None" = None
 _starting = threading.Lock()
@@ -71,11 +73,13 @@ def over_rows(kernel: Callable[[int, int], None], rows: int, work: int, least: i
 
 def native_pool() -> "NativePool":
     """The threads that wait in compiled code, started by the first call, which reads their number."""
-    global _native
+    global _native, _most_threads
     if _native is None:
         with _starting:
             if _native is None:
-                _native = NativePool(thread_count())
+                threads = thread_count()
+                _most_threads = threads if _most_threads is None else _most_threads
+                _native = NativePool(min(threads, _most_threads))
     return _native
 
 
@@ -94,7 +98,6 @@ class NativePool:
         from quantcore_backends.cpu_kernels import pool
 
         self.threads = min(threads, pool.MOST_WORKERS + 1)
-
         self._compiled = pool
         memory = np.zeros(pool.POOL_BYTES + 64, np.uint8)
         start = -memory.ctypes.data % 64

@@ -145,6 +145,8 @@ def _weight_of(
     packed: Tensor, scales: Tensor, biases: Tensor, scheme: str, in_features: int
 ) -> cpu_kernels.Weight | None:
     """What the kernels are told of a matrix, or None where those on integers don't take it as it is."""
+    if scales.is_neg() or biases.is_neg():
+        return None  # memory holds the negative
     addresses = packed.data_ptr(), scales.data_ptr(), biases.data_ptr()
     shapes = packed.shape, scales.shape, biases.shape
     strides = packed.stride(), scales.stride(), biases.stride()

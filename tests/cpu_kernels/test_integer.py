@@ -15,7 +15,7 @@ import quantcore as qc
 from quantcore import Scheme
 from quantcore.scheme import BITS
 from quantcore.testing import oracle
-from quantcore_backends.cpu_kernels import integer, kernels_unpacked
+from quantcore_backends.cpu_kernels import integer, kernels_unpacked, products
 
 Array = np.ndarray[Any, Any]
 BOUND = {integer.FLOATS: 1e-12, 24: 1e-12, 16: 1e-8, 8: 1e-4}
@@ -216,8 +216,6 @@ def test_scales_that_are_not_finite_are_refused() -> None:
 
 
 def test_weight_is_not_copied_and_forgotten_with_its_tensor() -> None:
-    from quantcore_backends.cpu_kernels import products
-
     qw = weight(64, 512, Scheme("affine", 4, 64))
     qc.dot(np.ones((1, 512), np.float32), qw)
     kept = products._weights[id(qw)][1]
@@ -225,6 +223,27 @@ def test_weight_is_not_copied_and_forgotten_with_its_tensor() -> None:
     key = id(qw)
     del qw
     assert key not in products._weights
+
+
+def test_arrays_that_are_copied_are_read_anew() -> None:
+    rng = np.random.default_rng(0)
+    made = qc.quantize(rng.standard_normal((32, 128)).astype(np.float32))
+    x = rng.standard_normal((2, 128)).astype(np.float32)
+    swapped = made.scales.dtype.newbyteorder()
+    for packed, scales, biases in (
+        (np.asfortranarray(made.packed), made.scales.copy(), made.biases.copy()),
+        (made.packed[::-1].copy()[::-1], made.scales.copy(), made.biases.copy()),
+        (made.packed.copy(), made.scales.astype(np.float64), made.biases.copy()),
+        (made.packed.copy(), made.scales.astype(swapped), made.biases.astype(swapped)),
+    ):
+        qw = qc.quantized_tensor(packed, scales, biases, (32, 128), made.scheme, dtype="float32")
+        np.testing.assert_allclose(qc.dot(x, qw), qc.dot(x, made), rtol=1e-5)
+        assert id(qw) not in products._weights
+        scales *= 2
+        biases *= 2
+        np.testing.assert_allclose(qc.dot(x, qw), 2 * qc.dot(x, made), rtol=1e-5)
+        packed[...] = 0
+        np.testing.assert_allclose(qc.dot(x, qw), x @ qw.dequantize().T, rtol=1e-3, atol=1e-3)
 
 
 _ASSEMBLY = """
@@ -338,6 +357,49 @@ def test_vectors_of_16_lanes_without_a_dot_of_bytes_keep_the_bounds(
     code = split() + _OTHER.replace("SCHEMES", repr(schemes))
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == "16\n", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("rows", [integer.MOST + 1, integer.MOST + 4, 2 * integer.MOST + 3])
+def test_rows_left_over_are_multiplied_as_the_others(rows: int) -> None:
+    rng = np.random.default_rng(rows)
+    for scheme in ("affine-int4-g64", "affine-int3-g32", "affine-int8-row"):
+        qw = qc.quantize(rng.standard_normal((40, 128)).astype(np.float32), scheme)
+        exact = oracle.exact_weight(*qw.flatten()[0], qw.scheme, 128)
+        x = rng.standard_normal((rows, 128)).astype(np.float32)
+        for outlier in (1, 1e6):
+            x[rows // 2, 5] *= outlier
+            truth = oracle.product(x, exact)
+            for precision, bound in oracle.BOUNDS.items():
+                result = qc.dot(x, qw, precision=precision)
+                assert oracle.nmse(result - truth, truth, x, exact) <= bound, (scheme, outlier, precision)
+
+
+_FORKED = """
+import os, sys
+import numpy as np, quantcore as qc
+rng = np.random.default_rng(0)
+qw = qc.quantize(rng.standard_normal((1024, 1024)).astype(np.float32))
+xs = [rng.standard_normal((m, 1024)).astype(np.float32) for m in (1, 4, 64)]
+wanted = [qc.dot(x, qw) for x in xs]
+pid = os.fork()
+if pid == 0:
+    os.environ["QUANTCORE_NUM_THREADS"] = "16"
+    for _ in range(40):
+        for x, right in zip(xs, wanted):
+            assert np.array_equal(qc.dot(x, qw), right)
+    from quantcore_backends.cpu_kernels.threads import native_pool
+    os._exit(native_pool().threads)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_keeps_within_the_memory_planned_for_its_parents_threads() -> None:
+    environment = {**os.environ, "QUANTCORE_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _FORKED], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "2\n", done.stderr[-2000:]
 
 
 _WARM = """

@@ -588,3 +588,11 @@ def test_looking_for_backends_anew_leaves_torch_as_it_is() -> None:
     qc.refresh()
     close(qc.dot(X, WEIGHT), X @ DENSE.float().mT)
     assert torch.equal(WEIGHT.to("numpy").to("torch").dequantize(), WEIGHT.dequantize())
+
+
+def test_scales_that_are_views_of_their_negatives() -> None:
+    qw = qc.quantize(torch.randn(16, 128, generator=torch.Generator().manual_seed(0)))
+    negative = [torch._neg_view(-leaf) for leaf in (qw.scales, qw.biases)]
+    same = qc.quantized_tensor(qw.packed, *negative, qw.shape, qw.scheme)
+    x = torch.ones(2, 128)
+    torch.testing.assert_close(qc.dot(x, same), qc.dot(x, qw))
