@@ -3,6 +3,7 @@
 from quantcore_backends.cpu_kernels.bitstream import pack, unpack
 from quantcore_backends.cpu_kernels.compiled import KINDS
 from quantcore_backends.cpu_kernels.integer import Geometry, Weight, serves
+from quantcore_backends.cpu_kernels.likeness import independent_rows
 from quantcore_backends.cpu_kernels.products import dot, gather_dot, multiply
 from quantcore_backends.cpu_kernels.weights import decode, encode
 
@@ -14,6 +15,7 @@ __all__ = [
     "dot",
     "encode",
     "gather_dot",
+    "independent_rows",
     "multiply",
     "pack",
     "serves",

@@ -1,7 +1,7 @@
 """Rows of x as integers of 24, 16 or 8 bits, a scale for each run of at most 64, in the order of the dots; or floats.
 
 The error that this makes is measured as it is made, so that rows which integers don't serve (an element far larger than
-the others of its run, values that aren't finite) are refused, and computed in floats.
+the others of its run, roundings that go one way, values that aren't finite) are refused, and computed in floats.
 """
 
 from functools import cache
@@ -25,6 +25,12 @@ RAISED: Final = np.float32(1 << 15)
 
 Else the product with a weight's scale would lose digits below float32's normal numbers long before the result does.
 """
+
+
+_DRIFT: Final = np.float32(25)
+"""Squares of the standard deviation of a sum of random losses up to which it passes for one: once in two million."""
+_SCALES_LOSE: Final = np.float32(2.0**-22)
+"""Of a run's sum, at most, since a scale is a quotient in float32."""
 
 
 def run_length(group: int | None, width: int = 16) -> int:
@@ -61,8 +67,16 @@ def _padded(x, start, columns, run, padded):
 
 
 @njit(forceinline=True, **COMPILED)
-def refused(error, square, largest, bound):
-    """Whether integers lose too much of a row of x, or it isn't finite."""
+def refused(drift, sums, error, square, largest, bound):
+    """Whether integers lose too much of a row of x, or it isn't finite.
+
+    `drift` is the sum of what its elements lose, `sums` that of the magnitudes of its runs' sums, of which rounding the
+    scales alone loses a little. Where the rest is far more than random losses add up to, they go one way, as those of
+    few values that repeat may: a weight with a mean would add them all up.
+    """
+    beyond = max(abs(drift) - _SCALES_LOSE * sums, np.float32(0))
+    if beyond * beyond > max(_DRIFT * error, bound * square):
+        return True
     return (largest > 0 and not (error <= bound * square and 1e-25 < square < 1e30)) or square != square
 
 
@@ -98,12 +112,15 @@ def row_rounder(bits: int, run: int, width: int) -> Any:
             of_runs, of_groups = floats_at(sums, runs), floats_at(sums + runs * lanes * 4, job.groups)
             lane_sums = integers_at(sums, job.sums_row // 4)
             clear_bytes(sums, job.sums_row)  # vectors read past the sums
-            error, square, largest = np.float32(0), np.float32(0), np.float32(0)
+            drift, error, square, largest = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+            magnitudes = np.float32(0)
             total, group_of = 0.0, 0
             for r in range(runs):
                 start = r * run
                 source = _padded(x, start, columns, run, padded)
-                scale, count, off, its, peak = rounded(source, integers.ctypes.data, top, run)
+                scale, count, lost, off, its, peak = rounded(source, integers.ctypes.data, top, run)
+                drift += lost
+                magnitudes += abs(scale * count)
                 error += off
                 square += its
                 largest = max(largest, peak)
@@ -128,7 +145,7 @@ def row_rounder(bits: int, run: int, width: int) -> Any:
                     place(integers.ctypes.data + part * 4, to, some, some, planes, plane, layers, chunk, element)
             if width == 24 and group_of < job.groups:
                 of_groups[group_of] = total
-            if refused(error, square, largest, bound):
+            if refused(drift, magnitudes, error, square, largest, bound):
                 job.refused = 1
 
     return kernel
@@ -156,11 +173,14 @@ def block_rounder(bits: int, run: int, width: int, height: int) -> Any:
             x = job.x + m * job.x_row
             block = m // height * height
             its_height = block_height(job.rows - block, height)
-            error, square, largest = np.float32(0), np.float32(0), np.float32(0)
+            drift, error, square, largest = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+            magnitudes = np.float32(0)
             for r in range(runs):
                 start = r * run
                 source = _padded(x, start, columns, run, padded)
-                scale, count, off, its, peak = rounded(source, integers.ctypes.data, top, run)
+                scale, count, lost, off, its, peak = rounded(source, integers.ctypes.data, top, run)
+                drift += lost
+                magnitudes += abs(scale * count)
                 error += off
                 square += its
                 largest = max(largest, peak)
@@ -173,7 +193,7 @@ def block_rounder(bits: int, run: int, width: int, height: int) -> Any:
                     beside[its_height + more] = 0
                 to = job.codes + (at + m - block) * run_bytes
                 place(integers.ctypes.data, to, run, each, planes, parts, layers, run, element)
-            if refused(error, square, largest, bound):
+            if refused(drift, magnitudes, error, square, largest, bound):
                 job.refused = 1
 
     return kernel

@@ -126,11 +126,11 @@ def widths(scheme: Scheme, first: int, *, tiled: bool) -> tuple[int, ...]:
 
 @cache
 def _widths(scheme: Scheme) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """By precision, widths that are tried for few and for many rows of x, floats last of these."""
-    found = {}
+    """By precision, widths that are tried for few and for many rows of x: last 24 bits of few, and floats of many."""
+    found, wide = {}, widths(scheme, WIDTHS["highest"], tiled=False)
     for precision, width in WIDTHS.items():
         few, many = (widths(scheme, width, tiled=tiled) for tiled in (False, True))
-        found[precision] = few, many if precision == "highest" else (*many, FLOATS)
+        found[precision] = (few, many) if precision == "highest" else ((*few, *wide), (*many, FLOATS))
     return found
 
 
@@ -199,6 +199,8 @@ class Geometry(NamedTuple):
         Bytes from row to row.
     kind : int
         Of the scales and biases, in :data:`compiled.KINDS`.
+    independent : int
+        As of :func:`likeness.independent_rows`; `rows` where nobody looked.
     """
 
     scheme: Scheme
@@ -209,6 +211,7 @@ class Geometry(NamedTuple):
     packed_row: int
     scale_row: int
     kind: int
+    independent: int
 
 
 class Weight:
@@ -243,7 +246,14 @@ class Weight:
 
     @classmethod
     def of(
-        cls, packed: Array, scales: Array, biases: Array, scheme: Scheme, in_features: int, zero_point: int = 0
+        cls,
+        packed: Array,
+        scales: Array,
+        biases: Array,
+        scheme: Scheme,
+        in_features: int,
+        zero_point: int = 0,
+        independent: int | None = None,
     ) -> "Weight":
         """That of arrays, or of copies that the kernels can read.
 
@@ -253,6 +263,8 @@ class Weight:
         scales, biases : array, shape (N, G), float32, float16 or bfloat16
         scheme : Scheme
         in_features, zero_point : int
+        independent : int, optional
+            As in :class:`Geometry`.
         """
         dtype = scales.dtype
         if dtype not in KINDS or not (dtype == biases.dtype or (zero_point and _fits(biases, dtype))):
@@ -263,7 +275,8 @@ class Weight:
             scales, biases = np.ascontiguousarray(scales), np.ascontiguousarray(biases)
         (rows, words), groups = packed.shape, scales.shape[1]
         rows_apart = packed.strides[0], scales.strides[0]
-        geometry = Geometry(scheme, in_features, rows, words, groups, *rows_apart, KINDS[dtype])
+        independent = rows if independent is None else independent
+        geometry = Geometry(scheme, in_features, rows, words, groups, *rows_apart, KINDS[dtype], independent)
         held = packed, scales, biases
         return cls(geometry, (packed.ctypes.data, scales.ctypes.data, biases.ctypes.data), held, zero_point)
 
@@ -294,7 +307,7 @@ class _Plan:
 
     def __init__(self, geometry: Geometry, width: int, rows: int) -> None:
         modules = _compiled()
-        scheme, columns, outputs, words, groups, packed_row, scale_row, kind = geometry
+        scheme, columns, outputs, words, groups, packed_row, scale_row, kind, independent = geometry
         bits, group, lanes = scheme.bits, scheme.group_size or 0, modules.lanes
         run = modules.activations.run_length(scheme.group_size, width)
         self.height, together = 0, layout.together(rows, UNTILED_ROWS)
@@ -305,7 +318,7 @@ class _Plan:
             rounder, kernel, step = row_kernels(scheme, width, together)
             sizes = layout.of_few_rows(columns, groups, bits, group, run, step, lanes, width)
         of_weight = outputs, columns, words, groups, packed_row, scale_row, kind, bits, group
-        fixed = layout.plan(*of_weight, run, *sizes, layout.bound(outputs, width))
+        fixed = layout.plan(*of_weight, run, *sizes, layout.bound(independent, width))
         fields = dict(zip(modules.job.PLAN, fixed, strict=True))
         copied = (outputs - fields["safe"]) * fields["copy_row"]
         _, _, codes, scales, sums, _, scratch = sizes

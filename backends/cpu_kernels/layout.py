@@ -55,13 +55,14 @@ def bound(outputs: int, width: int) -> int:
     """Squared error of a row of x over its squared length up to which integers of a width serve, times 1e18.
 
     The contract's bound on the error of a row of the result (1e-12 for 24 bits, 1e-8 for 16, 1e-4 for 8), divided by
-    how far that error comes above its expectation once in a million. It is the error of rounding x seen through the
-    rows of the weight, a sum of squares: Wilson and Hilferty, "The distribution of chi-square" (1931).
+    how far that error comes above its expectation once in a million, if roundings are as good as random. It is the
+    error of rounding x seen through the rows of the weight, a sum of squares: Wilson and Hilferty, "The distribution of
+    chi-square" (1931).
 
     Parameters
     ----------
     outputs : int
-        Rows of the weight.
+        Rows of the weight, as many as are independent.
     width : int
         Bits of an integer of x.
     """

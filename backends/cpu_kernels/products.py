@@ -15,6 +15,7 @@ import numpy as np
 from quantcore import QuantizedTensor
 from quantcore.memory import aligned_empty, is_frozen
 from quantcore_backends.cpu_kernels import compiled, compiled_microscaled, integer
+from quantcore_backends.cpu_kernels.likeness import independent_rows
 from quantcore_backends.cpu_kernels.weights import FLOAT32, TILE, Leaves, column_step, decode_block
 from quantcore_backends.cpu_kernels.zero_points import common_zero_point
 
@@ -34,7 +35,8 @@ def dot(x: Array, qw: QuantizedTensor, dtype: np.dtype[Any], precision: str = "d
     """``matmul(x, matrix_transpose(qw))``, accumulated in float32, or float64 for a float64 x.
 
     Where Numba is there, x becomes integers of 16 bits, or 8 with "fast", a scale for each 64 at most; 24 with
-    "highest", for few rows: many stay floats. So do all where integers would lose more of x than the precision allows.
+    "highest", for few rows: many stay floats. More bits follow, then floats, where integers would lose more of x than
+    the precision allows.
 
     Parameters
     ----------
@@ -254,8 +256,10 @@ def _weight(qw: QuantizedTensor) -> integer.Weight | None:
         return None
     lasting = is_frozen(qw.scales) and is_frozen(qw.biases)  # else they might be changed in place
     zero_point = common_zero_point(qw.scales, qw.biases) if lasting else 0
-    weight = integer.Weight.of(qw.packed, qw.scales, qw.biases, qw.scheme, qw.in_features, zero_point)
-    packed, *per_group = (leaf.ctypes.data for leaf in qw.flatten()[0])
+    leaves = qw.flatten()[0]
+    independent = independent_rows(*leaves, qw.scheme, qw.in_features)
+    weight = integer.Weight.of(*leaves, qw.scheme, qw.in_features, zero_point, independent)
+    packed, *per_group = (leaf.ctypes.data for leaf in leaves)
     if weight.addresses[0] == packed and (lasting or weight.addresses[1:] == tuple(per_group)):
         _weights[key] = weakref.ref(qw, lambda _: _weights.pop(key, None)), weight
     return weight

@@ -28,7 +28,9 @@ _SUMMED: Final = ("reassoc", "nsz", "contract")
 
 @intrinsic(prefer_literal=True)
 def rounded(typing: Any, x: Any, integers: Any, top: Any, run: Any) -> Any:
-    """Round a run of x to int32 up to `top`: scale, sum, squared error, squared length, largest magnitude.
+    """Round a run of x to int32 up to `top`: scale, sum, error, squared error, squared length, largest magnitude.
+
+    The error is the sum of what each element loses.
 
     `x` and `integers` are addresses, `run` a compile-time constant. The largest is found among the magnitudes' bits, as
     integers: NaN is larger than all else then.
@@ -53,11 +55,12 @@ def rounded(typing: Any, x: Any, integers: Any, top: Any, run: Any) -> Any:
         made = builder.fptosi(near, whole)
         write(builder, args[1], made)
         total = called(builder, f"llvm.vector.reduce.add.v{count}i32", DWORD, [made])
-        results = scale, total, _summed_squares(builder, off), _summed_squares(builder, values), largest
+        squares = _summed_squares(builder, off), _summed_squares(builder, values)
+        results = scale, total, _summed(builder, off), *squares, largest
         return context.make_tuple(builder, signature.return_type, results)
 
     single = types.float32
-    return Tuple((single, types.int32, single, single, single))(types.intp, types.intp, single, run), generate
+    return Tuple((single, types.int32, single, single, single, single))(types.intp, types.intp, single, run), generate
 
 
 def _float32(value: float) -> Any:
@@ -65,12 +68,14 @@ def _float32(value: float) -> Any:
     return ir.Constant(FLOAT, float(np.float32(value)))
 
 
-def _summed_squares(builder: Any, values: Any) -> Any:
+def _summed(builder: Any, values: Any) -> Any:
     kind = ir.FunctionType(FLOAT, [FLOAT, values.type])
-    name = f"llvm.vector.reduce.fadd.v{values.type.count}f32"
-    squares = builder.fmul(values, values, flags=["contract"])
-    add = cgutils.get_or_insert_function(builder.module, kind, name)
-    return builder.call(add, [ir.Constant(FLOAT, 0.0), squares], fastmath=_SUMMED)
+    add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{values.type.count}f32")
+    return builder.call(add, [ir.Constant(FLOAT, 0.0), values], fastmath=_SUMMED)
+
+
+def _summed_squares(builder: Any, values: Any) -> Any:
+    return _summed(builder, builder.fmul(values, values, flags=["contract"]))
 
 
 @intrinsic(prefer_literal=True)

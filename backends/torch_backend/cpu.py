@@ -162,7 +162,10 @@ def _weight_at(
     scheme: str,
     in_features: int,
 ) -> cpu_kernels.Weight | None:
-    """As :func:`_weight_of`: it holds whenever arrays of these kinds lie there, and keeps none alive."""
+    """As :func:`_weight_of`: it holds whenever arrays of these kinds lie there, and keeps none alive.
+
+    So nothing is known of their values: rows count as independent, however alike they are.
+    """
     _check_weight(shapes, dtypes, scheme, in_features)
     (of_packed, of_scales, of_biases), (_, dtype, of_biases_dtype) = strides, dtypes
     chosen, kind = scheme_of(scheme), _KINDS.get(dtype)
@@ -171,7 +174,7 @@ def _weight_at(
     if len(of_packed) != 2 or (of_packed[1], of_scales[1]) != (1, 1) or not shapes[0][0]:
         return None
     row_bytes = 4 * of_packed[0], dtype.itemsize * of_scales[0]
-    geometry = cpu_kernels.Geometry(chosen, in_features, *shapes[0], shapes[1][1], *row_bytes, kind)
+    geometry = cpu_kernels.Geometry(chosen, in_features, *shapes[0], shapes[1][1], *row_bytes, kind, shapes[0][0])
     return cpu_kernels.Weight(geometry, addresses)
 
 
