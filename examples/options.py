@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-BITS = (1, 2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (16, 32, 64, 128, 256)
+from quantcore.scheme import BITS, GROUP_SIZES
 
 
 class OptionError(ValueError):
