@@ -87,7 +87,8 @@ def test_x_and_scales_that_are_tiny_or_huge(exponents: tuple[int, int]) -> None:
     true = oracle.product(x, exact)
     result = qc.matmul(x, qw)
     assert np.isfinite(result).all()
-    visible = np.abs(true).max(axis=1) > 1e-30  # of smaller results float32 loses digits
+    visible = np.abs(true).max(axis=1) > 1e-36  # of smaller results float32 loses digits
+    assert visible[0]
     error = oracle.nmse((result - true)[visible], true[visible], x[visible], exact)
     assert error <= oracle.BOUNDS["highest"]
 
