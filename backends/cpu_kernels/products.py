@@ -240,6 +240,8 @@ def _product_of_few(x: Array, leaves: Leaves, qw: QuantizedTensor) -> Array | No
 
 
 _weights: dict[int, tuple[weakref.ref[QuantizedTensor], integer.Weight]] = {}
+_looked_at: weakref.WeakKeyDictionary[QuantizedTensor, int] = weakref.WeakKeyDictionary()
+"""How many of a tensor's rows count as independent: looked at once, also where its weight is made anew each time."""
 
 
 def _weight(qw: QuantizedTensor) -> integer.Weight | None:
@@ -257,7 +259,9 @@ def _weight(qw: QuantizedTensor) -> integer.Weight | None:
     lasting = is_frozen(qw.scales) and is_frozen(qw.biases)  # else they might be changed in place
     zero_point = common_zero_point(qw.scales, qw.biases) if lasting else 0
     leaves = qw.flatten()[0]
-    independent = independent_rows(*leaves, qw.scheme, qw.in_features)
+    independent = _looked_at.get(qw)
+    if independent is None:
+        independent = _looked_at[qw] = independent_rows(*leaves, qw.scheme, qw.in_features)
     weight = integer.Weight.of(*leaves, qw.scheme, qw.in_features, zero_point, independent)
     packed, *per_group = (leaf.ctypes.data for leaf in leaves)
     if weight.addresses[0] == packed and (lasting or weight.addresses[1:] == tuple(per_group)):

@@ -9,7 +9,7 @@ import pytest
 
 import quantcore as qc
 from quantcore.testing import oracle
-from quantcore_backends.cpu_kernels import independent_rows
+from quantcore_backends.cpu_kernels import independent_rows, products
 
 Array = np.ndarray[Any, Any]
 
@@ -81,3 +81,14 @@ def test_roundings_that_go_one_way_are_refused(top: int, library: str) -> None:
         for precision, bound in oracle.BOUNDS.items():
             result = np.asarray(qc.dot(qc.to_library(some, library), qw.to(library), precision=precision))
             assert oracle.nmse(result - truth, truth, some, exact) <= bound, (rows, precision)
+
+
+def test_a_weight_that_is_made_anew_each_time_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    monkeypatch.setattr(products, "independent_rows", lambda *leaves: looks.append(1) or independent_rows(*leaves))
+    made = quantized("uniform")
+    wide = qc.quantized_tensor(made.packed, made.scales.astype(np.float64), made.biases, made.shape, made.scheme)
+    for _ in range(2):
+        qc.dot(np.ones((1, COLUMNS), np.float32), wide, out_dtype="float32")
+    assert looks == [1]
+    assert id(wide) not in products._weights
